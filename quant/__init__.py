@@ -1,0 +1,1 @@
+"""Quantised KV-cache attention: formats, reference, ops, page cache. Users import `foldkv`."""

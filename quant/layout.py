@@ -1,0 +1,26 @@
+"""Byte sizes and offsets of a page, mirror of `csrc/core/layout.h` (see `docs/format.md`).
+
+A pool is `[num_pages, h_kv, page_bytes]` uint8: inside a page the heads lie one after another, inside a (page, head) tile
+the tokens, inside a token row the channels in order, little end first: with 4 bits the even channel takes the low nibble.
+Dynamic scale data has a pool of its own, `[num_pages, h_kv, page_size * meta_bytes]`: per token a bf16 scale, then, where
+the format is asymmetric, an fp16 zero.
+"""
+
+from __future__ import annotations
+
+from .spec import Format
+
+
+def row_bytes(fmt: Format, head_dim: int) -> int:
+    """Bytes of the codes of one token of one head."""
+    return head_dim * fmt.element.bits // 8
+
+
+def page_bytes(fmt: Format, head_dim: int, page_size: int) -> int:
+    """Bytes of the codes of one (page, head) tile."""
+    return page_size * row_bytes(fmt, head_dim)
+
+
+def meta_page_bytes(fmt: Format, page_size: int) -> int:
+    """Bytes of the dynamic scale data of one (page, head) tile; 0 for static and float formats."""
+    return page_size * fmt.meta_bytes

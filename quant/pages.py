@@ -1,0 +1,95 @@
+"""The tensors of one layer's cache: page pools and scale parameters of K and of V."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, describe
+from .layout import meta_page_bytes, page_bytes
+from .spec import Format, KVSpec, check_head_dim, check_page_size
+
+# Rows of a params tensor, fp32 [4, h_kv, d].
+SCALE, ZERO, MEAN, BALANCE = range(4)
+
+
+def identity_params(fmt: Format, h_kv: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Params that change nothing: fp32 `[4, h_kv, d]` with scale 1, the format's middle code as zero, mean 0, balance 1."""
+    params = torch.zeros(4, h_kv, head_dim, dtype=torch.float32, device=device)
+    params[SCALE] = params[BALANCE] = 1.0
+    if fmt.element.is_integer:
+        params[ZERO] = float(fmt.element.mid_code)
+    return params
+
+
+@dataclass
+class PagedTensor:
+    """K or V of one layer.
+
+    codes:  uint8 `[num_pages, h_kv, page_size * row_bytes]`.
+    meta:   uint8 `[num_pages, h_kv, page_size * meta_bytes]`, dynamic scale data; zero bytes wide for other formats.
+    params: fp32 `[4, h_kv, d]`: static scale, zero, mean, balance; rewritten in place, so its address is stable.
+    """
+
+    fmt: Format
+    codes: Tensor
+    meta: Tensor
+    params: Tensor
+
+    @classmethod
+    def empty(
+        cls, fmt: Format, num_pages: int, page_size: int, h_kv: int, head_dim: int, device: torch.device | str
+    ) -> PagedTensor:
+        shape = (num_pages, h_kv)
+        codes = torch.zeros(*shape, page_bytes(fmt, head_dim, page_size), dtype=torch.uint8, device=device)
+        meta = torch.zeros(*shape, meta_page_bytes(fmt, page_size), dtype=torch.uint8, device=device)
+        return cls(fmt, codes, meta, identity_params(fmt, h_kv, head_dim, device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.meta.nbytes + self.params.nbytes
+
+    def set_params(self, params: Tensor) -> None:
+        """Copy fp32 `[4, h_kv, d]` `params` into place (same address, so captured graphs see them)."""
+        if params.shape != self.params.shape:
+            raise ArgumentError(describe("params", f"shape {tuple(self.params.shape)}", str(tuple(params.shape))))
+        if not torch.isfinite(params).all() or not (params[SCALE] > 0).all() or not (params[BALANCE] > 0).all():
+            raise ArgumentError(
+                describe("params", "finite values, scale and balance > 0", "others", "calibrate the model again")
+            )
+        self.params.copy_(params)
+
+
+@dataclass
+class LayerPages:
+    """The cache of one layer: K and V pools that share page ids."""
+
+    k: PagedTensor
+    v: PagedTensor
+    page_size: int
+    head_dim: int
+
+    @classmethod
+    def empty(
+        cls, spec: KVSpec, num_pages: int, page_size: int, h_kv: int, head_dim: int, device: torch.device | str = "cpu"
+    ) -> LayerPages:
+        """Zero-filled pools for `num_pages` pages of `page_size` tokens."""
+        check_head_dim(head_dim)
+        check_page_size(page_size)
+        args = (num_pages, page_size, h_kv, head_dim, device)
+        return cls(PagedTensor.empty(spec.k, *args), PagedTensor.empty(spec.v, *args), page_size, head_dim)
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.codes.shape[0]
+
+    @property
+    def h_kv(self) -> int:
+        return self.k.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, scale data and parameters included."""
+        return self.k.nbytes + self.v.nbytes
