@@ -109,7 +109,7 @@ def batches(data: Tensor, batch: int, length: int) -> Iterator[Tensor]:
     while True:
         shift = int(torch.randint(length, ()))
         starts = shift + length * torch.randperm((room - shift) // length + 1, device=data.device)
-        for chosen in starts.split(batch):
+        for chosen in torch.split(starts, batch):
             if chosen.numel() == batch:
                 yield data[chosen[:, None] + span].long()
 
@@ -117,7 +117,8 @@ def batches(data: Tensor, batch: int, length: int) -> Iterator[Tensor]:
 def windows(data: Tensor, batch: int, length: int) -> Iterator[Tensor]:
     """The data once, in order, in up to `batch` windows of (length + 1) tokens."""
     count = (data.numel() - 1) // length
-    yield from (data[: count * length + 1].unfold(0, length + 1, length).long()).split(batch)
+    cut = data[: count * length + 1].unfold(0, length + 1, length).long()
+    yield from torch.split(cut, batch)
 
 
 def lr_factor(progress: float, step: int, warmup: int = 100, hold: float = 0.35) -> float:

@@ -3,7 +3,7 @@
 python examples/tiny_lm/train.py --train train_tokens.u16.xz --valid valid_tokens.u16.bin \
     --tokenizer tokenizer --out OUT
 """
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
-
 from lm import (
     BOS,
     EOS,
@@ -43,9 +38,12 @@ from lm import (
     rope_tables,
     windows,
 )
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 Loss = Callable[[Tensor], Tensor]
-PATHS = ("train", "valid", "tokenizer", "out", "log")
 PROMPTS = ("The history of the city", "She opened the door and", "To create a new file, you")
 ATTENTION = {
     "fused": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
@@ -134,7 +132,7 @@ def choose_loss(
         try:
             context.enter_context(sdpa_kernel(ATTENTION[attention]))
             for _ in range(3):
-                loss(trial).backward()
+                torch.autograd.backward(loss(trial))
                 model.zero_grad(set_to_none=True)
             plain: Loss = lambda tokens: loss(tokens, next_token_loss)  # noqa: E731
             return loss, plain, f"{'compiled' if compiled else 'eager'}, {attention} attention"
@@ -166,7 +164,7 @@ def train(
         while progress < 1.0:
             factor = lr_factor(progress, step)
             value = loss(next(source))
-            value.backward()
+            torch.autograd.backward(value)
             optimiser.step(factor)
             recent, since = recent + value.detach(), since + 1
             step, tokens = step + 1, tokens + args.batch * args.seq_len
@@ -196,10 +194,12 @@ def train(
     return record
 
 
-def save(model: LlamaForCausalLM, tokenizer: Path, out: Path) -> None:
+def save(model: Any, tokenizer: Path, out: Path) -> None:
     """The checkpoint in bf16 with its tokenizer, whose JSON is written without white space."""
     model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
+    model.generation_config = GenerationConfig.from_dict(
+        {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
+    )
     model.save_pretrained(out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = json.loads((tokenizer / name).read_text(encoding="utf-8"))
@@ -212,22 +212,13 @@ def save(model: LlamaForCausalLM, tokenizer: Path, out: Path) -> None:
 def write_samples(model: Any, out: Path, new_tokens: int = 100) -> str:
     """Continue each prompt twice, greedily and sampled, into sample.txt."""
     tokenizer = AutoTokenizer.from_pretrained(out)
+    sampled = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 50}
     parts = []
     for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        for kind, options in {
-            "greedy": {"do_sample": False},
-            "sampled, temperature 0.8, top-p 0.95": {
-                "do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0,
-            },
-        }.items():  # fmt: skip
-            ids = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=new_tokens,
-                **options,
-            )
-            parts.append(f"[{kind}]\n{tokenizer.decode(ids[0])}\n")
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        for way in ({"do_sample": False}, sampled):
+            ids = model.generate(**inputs.to(model.device), max_new_tokens=new_tokens, **way)
+            parts.append(f"[{json.dumps(way)}]\n{tokenizer.decode(ids[0])}\n")
     text = "\n".join(parts)
     (out / "sample.txt").write_text(text, encoding="utf-8")
     return text
@@ -241,11 +232,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
-    model = LlamaForCausalLM(model_config())
+    model: Any = LlamaForCausalLM(model_config())
     if args.seq_len > model.config.max_position_embeddings:
         raise SystemExit("--seq-len is longer than the model's context, 2048")
     check_forward(model)
-    model.to(device)
+    torch.nn.Module.to(model, device)
     with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
         loading: Future[Tensor] = pool.submit(load_tokens, args.train, args.data_tokens)
         valid = load_tokens(args.valid, args.valid_tokens).to(device)
@@ -258,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{data.numel():,} training tokens")
         last = train(model, args, loss, lambda: evaluate(plain, valid), data)
     save(model, args.tokenizer, args.out)
-    stored = AutoModelForCausalLM.from_pretrained(args.out, dtype="auto").to(device).eval()
+    stored: Any = AutoModelForCausalLM.from_pretrained(args.out, dtype="auto")
+    torch.nn.Module.to(stored, device)
     final = evaluate(
         lambda t: cross_entropy(
             stored(input_ids=t[:, :-1], use_cache=False).logits.float().flatten(0, 1),
@@ -269,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"perplexity {math.exp(final):.2f} trained, {math.exp(untrained):.0f} untrained")
     print(write_samples(stored, args.out), flush=True)
     size = sum((args.out / f).stat().st_size for f in ("model.safetensors", "tokenizer.json"))
-    shown = {k: v.name if k in PATHS else v for k, v in vars(args).items()}
+    shown = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     summary = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
