@@ -24,10 +24,14 @@ def _load() -> tuple[str, str]:
 EXTENSION_FILE, EXTENSION_ERROR = _load()
 
 
-def has_kernels(device_type: str) -> bool:
-    """True where compiled kernels serve `device_type`, "cpu" or "cuda"."""
-    name = "foldkv::append_attention"
-    return bool(EXTENSION_FILE) and torch._C._dispatch_has_kernel_for_dispatch_key(name, device_type.upper())
+_pytorch_ops: set[tuple[str, str]] = set()  # (op, dispatch key) that `register` gave a PyTorch implementation
+
+
+def has_kernels(device_type: str, op: str = "append_attention") -> bool:
+    """True where a compiled kernel of `op` serves `device_type`, "cpu" or "cuda"."""
+    key = device_type.upper()
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"foldkv::{op}", key)
+    return compiled and (op, key) not in _pytorch_ops
 
 
 def register(library: torch.library.Library) -> None:
@@ -42,3 +46,4 @@ def register(library: torch.library.Library) -> None:
         for name, function in fallback.OPS.items():
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"foldkv::{name}", key):
                 library.impl(name, function, key)
+                _pytorch_ops.add((name, key))

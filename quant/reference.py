@@ -38,7 +38,7 @@ def hadamard(x: Tensor) -> Tensor:
     y = x
     step = 1
     while step < block:
-        pairs = y.reshape(*x.shape[:-1], -1, 2, step)
+        pairs = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * step), 2, step)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((a + b, a - b), dim=-2).reshape(x.shape)
         step *= 2
@@ -270,8 +270,8 @@ def append_attention(
     bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
     starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
     for b, seq_len in enumerate(lengths):
-        rows = slice(max(bounds[b], bounds[b + 1] - seq_len), bounds[b + 1])
-        if rows.start >= rows.stop:
+        rows = slice(bounds[b], bounds[b + 1])
+        if rows.start == rows.stop:
             continue
         k, v = (read(part, pages.page_size, block_table[b], seq_len, dtype) for part in (pages.k, pages.v))
         out[rows], lse[rows] = attention(q[rows].to(dtype), k, v, start=starts[b], **options)  # type: ignore[arg-type]

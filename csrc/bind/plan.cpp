@@ -1,0 +1,54 @@
+// foldkv::plan: see quant/plan.py for the work list.
+#include "bind/cache_args.h"
+#include "bind/cpu_threads.h"
+#include "core/schedule.h"
+
+namespace foldkv::bind {
+namespace {
+
+void check_lengths(const PlanParams& p) {
+  if (p.cu_seqlens_q[0] != 0) fail("cu_seqlens_q: expected 0 first, got ", p.cu_seqlens_q[0]);
+  for (int b = 0; b < p.batch; ++b) {
+    if (p.cu_seqlens_q[b + 1] < p.cu_seqlens_q[b]) {
+      fail("cu_seqlens_q: expected numbers that do not fall, got ", p.cu_seqlens_q[b + 1], " after ", p.cu_seqlens_q[b]);
+    }
+    if (p.seq_lens[b] < 0) fail("seq_lens: expected lengths >= 0, got ", p.seq_lens[b], " at index ", b);
+  }
+}
+
+void plan_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const OptionalTensor& seq_starts, const Tensor& plan,
+              int64_t window_left, int64_t chunk_size, int64_t tile_q, int64_t num_workers, int64_t max_items,
+              int64_t max_tiles, int64_t max_partials) {
+  check_tensor(seq_lens, "seq_lens", ScalarType::Int, {kAny}, "batch");
+  check_tensor(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, {seq_lens.size(0) + 1}, "batch + 1");
+  if (seq_starts.has_value()) check_tensor(*seq_starts, "seq_starts", ScalarType::Int, {seq_lens.size(0)}, "batch");
+  check(chunk_size == kChunkSize, "chunk_size: expected ", kChunkSize, ", got ", chunk_size);
+  check(tile_q >= 1 && num_workers >= 1 && max_tiles >= 0 && max_items >= max_tiles + num_workers && max_partials >= 0,
+        "plan limits: expected those of a quant.plan.Capacity, got tile_q ", tile_q, ", num_workers ", num_workers,
+        ", max_items ", max_items, ", max_tiles ", max_tiles, ", max_partials ", max_partials);
+  check_tensor(plan, "plan", ScalarType::Int, {kPlanHeader + kPlanEntry * (max_items + max_tiles)}, "Capacity.plan_ints");
+  PlanParams p{};
+  p.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
+  p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
+  p.seq_starts = data_or_null<int32_t>(seq_starts);
+  p.plan = static_cast<int32_t*>(plan.mutable_data_ptr());
+  p.batch = to_int("batch", seq_lens.size(0));
+  p.window_left = window_left < 0 ? -1 : to_int("window_left", window_left);
+  p.chunk_size = kChunkSize;
+  p.tile_q = to_int("tile_q", tile_q);
+  p.num_workers = to_int("num_workers", num_workers);
+  p.max_items = to_int("max_items", max_items);
+  p.max_tiles = to_int("max_tiles", max_tiles);
+  p.max_partials = max_partials;
+  check_lengths(p);
+  if (!cpu::plan(p)) {
+    fail("plan: expected at most ", max_tiles, " query tiles of ", tile_q, " tokens (Capacity.max_batch and max_q_tokens)",
+         ", got ", p.cu_seqlens_q[p.batch], " query tokens in ", p.batch, " sequences; plan with a larger Capacity");
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(foldkv, CPU, m) { m.impl("plan", TORCH_BOX(&plan_cpu)); }
+
+}  // namespace foldkv::bind

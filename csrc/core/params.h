@@ -1,0 +1,72 @@
+// What a kernel is told: plain pointers and numbers, the same for every backend. Torch stays outside.
+#pragma once
+
+#include "core/layout.h"
+
+namespace foldkv {
+
+enum class DType { Float32, Float16, BFloat16 };
+
+// Strided rows [tokens, heads, d], last dimension contiguous; strides in elements.
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t token_stride, head_stride;
+};
+
+// K or V of one layer.
+struct Cache {
+  uint8_t* codes;       // [num_pages, h_kv, page_size * row_bytes]
+  uint8_t* meta;        // [num_pages, h_kv, page_size * meta_bytes]; unused unless the format is dynamic
+  const float* params;  // [4, h_kv, d]: static scale, zero, mean, balance
+  Format format;
+};
+
+struct AppendParams {
+  Rows k, v;                // [num_tokens, h_kv, d]
+  Cache k_cache, v_cache;
+  const int64_t* slots;     // [num_tokens]; negative skips
+  const float* cos;         // [max_pos, rot / 2], nullable: no RoPE
+  const float* sin;         // same
+  const int64_t* positions; // [num_tokens]; with cos
+  int64_t* nonfinite;       // [1], nullable: elements met that are NaN or infinite
+  int num_tokens, h_kv, d, page_size, rot_half;
+  bool interleaved;
+};
+
+struct PlanParams {
+  const int32_t* seq_lens;      // [batch]
+  const int32_t* cu_seqlens_q;  // [batch + 1]
+  const int32_t* seq_starts;    // [batch], nullable
+  int32_t* plan;
+  int batch, window_left, chunk_size, tile_q, num_workers, max_items, max_tiles;
+  int64_t max_partials;
+};
+
+struct AttendParams {
+  Rows q;                       // [num_rows, h_q, d]
+  Cache k_cache, v_cache;
+  const int32_t* block_table;   // [batch, table_stride]
+  const int32_t* seq_lens;      // [batch]
+  const int32_t* cu_seqlens_q;  // [batch + 1]
+  const int32_t* seq_starts;    // [batch], nullable
+  const int32_t* plan;
+  float* workspace;             // max_partials * partial_floats(h_q, d)
+  void* out;                    // [num_rows, h_q, d] contiguous, dtype of q
+  float* lse;                   // [num_rows, h_q], nullable
+  const float* sinks;           // [h_q], nullable
+  float softmax_scale, softcap;
+  int batch, num_rows, h_q, h_kv, d, page_size, window_left;
+  int64_t table_stride, max_partials;
+};
+
+struct MergeParams {
+  const void* o;     // [parts, rows, d]
+  const float* lse;  // [parts, rows], natural log
+  void* out;         // [rows, d]
+  float* out_lse;    // [rows]
+  DType dtype;
+  int64_t parts, rows, d;
+};
+
+}  // namespace foldkv
