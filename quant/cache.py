@@ -112,15 +112,19 @@ class PagedKVCache:
         return tables + sum(layer.nbytes for layer in self.layers)
 
     @property
+    def elements_per_token(self) -> int:
+        """K and V elements of one token, over all layers."""
+        return sum(2 * layer.h_kv * layer.head_dim for layer in self.layers)
+
+    @property
     def bits_per_element(self) -> float:
         """Mean stored bits of a K or V element over the layers, dynamic scale data included; 0 without layers."""
-        elements = sum(layer.h_kv * layer.head_dim for layer in self.layers)
         bits = sum(
-            (layer.k.fmt.bits_per_element(layer.head_dim) + layer.v.fmt.bits_per_element(layer.head_dim))
-            * layer.h_kv * layer.head_dim / 2
+            layer.h_kv * layer.head_dim * part.fmt.bits_per_element(layer.head_dim)
             for layer in self.layers
-        )  # fmt: skip
-        return bits / elements if elements else 0.0
+            for part in (layer.k, layer.v)
+        )
+        return bits / self.elements_per_token if self.layers else 0.0
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 
 from .errors import ArgumentError, describe
@@ -36,12 +35,19 @@ class Codec:
         return 1 << (self.bits - 1)
 
 
-@cache
-def codecs() -> dict[str, Codec]:
-    """Every codec of the table, by name."""
+def _read_table() -> dict[str, Codec]:
     text = resources.files(__package__).joinpath("codecs.def").read_text(encoding="utf-8")
     rows = (Codec(int(i), name, int(bits), kind) for i, name, bits, kind in _ROW.findall(text))
     return {codec.name: codec for codec in rows}
+
+
+# Read once, at import: torch.compile cannot trace the reading of a file.
+_TABLE = _read_table()
+
+
+def codecs() -> dict[str, Codec]:
+    """Every codec of the table, by name."""
+    return _TABLE
 
 
 def codec(name: str) -> Codec:

@@ -34,11 +34,11 @@ def _append_kv(
     interleaved: bool, nonfinite: Tensor | None, k_format: int, v_format: int, page_size: int,
 ) -> None:  # fmt: skip
     pages = _pages(k_cache, v_cache, k_meta, v_meta, k_params, v_params, k_format, v_format, page_size)
+    if cos is not None and sin is not None and positions is not None:
+        k = reference.apply_rope(k, cos, sin, positions, interleaved)
     if nonfinite is not None:
         kept = (slot_mapping >= 0)[:, None, None]
         nonfinite += ((~torch.isfinite(k) & kept).sum() + (~torch.isfinite(v) & kept).sum()).to(nonfinite.dtype)
-    if cos is not None and sin is not None and positions is not None:
-        k = reference.apply_rope(k, cos, sin, positions, interleaved)
     reference.append_kv(pages, k, v, slot_mapping)
 
 

@@ -19,6 +19,8 @@ _MAX_SCALE = torch.finfo(torch.bfloat16).max
 _MIN_SCALE = torch.finfo(torch.bfloat16).tiny
 # A dynamic step is at least absmax / 1024, which keeps the fp16 zero point exact to half a step.
 _MAX_ZERO = 1024.0
+# Dynamic formats cut what they quantise to this magnitude, so that no sum of a rotation overflows.
+_MAX_DYNAMIC = 2.0**100
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
@@ -92,6 +94,8 @@ def quantize(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor, Te
     else:
         x = torch.where(torch.isnan(x), torch.zeros_like(x), x)
     y = (x - params[MEAN]) / params[BALANCE]
+    if fmt.is_dynamic:
+        y = y.clamp(-_MAX_DYNAMIC, _MAX_DYNAMIC)
     if fmt.rotate:
         y = hadamard(y)
     scale, zero = _dynamic_scale(y, fmt) if fmt.is_dynamic else (params[SCALE], params[ZERO])
@@ -115,7 +119,7 @@ def dequantize(
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 rows `[..., d * bits / 8]` of integer codes `[..., d]`: the lowest channel in the lowest bits."""
     per_byte = 8 // bits
-    groups = codes.reshape(*codes.shape[:-1], -1, per_byte)
+    groups = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per_byte, per_byte)
     shifts = torch.arange(per_byte, device=codes.device, dtype=torch.int32) * bits
     return (groups << shifts).sum(-1).to(torch.uint8)
 

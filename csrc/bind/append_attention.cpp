@@ -32,10 +32,16 @@ void check_batch(const AttendParams& p, int64_t num_pages, int64_t max_pages) {
   }
 }
 
-// The work list must be one that was made for this batch; a stale one would read past the sequences.
+[[noreturn]] void fail_stale() {
+  fail("plan: expected a work list for these lengths and this window, got one for others; call Plan.update once a step, ",
+       "with the same seq_lens, cu_seqlens_q, seq_starts and window");
+}
+
+// The work list must be one that was made for this batch: every tile, and every chunk that it sees, once and in order.
 void check_plan(const AttendParams& p, int64_t plan_ints) {
   const int64_t items = p.plan[kNumItems], merges = p.plan[kNumMerges], merge_at = p.plan[kMergeAt];
-  const bool fits = p.plan[kPlanChunk] == kChunkSize && items >= 0 && merges >= 0 &&
+  const int tile_q = p.plan[kPlanTile];
+  const bool fits = p.plan[kPlanChunk] == kChunkSize && tile_q >= 1 && items >= 0 && merges >= 0 &&
                     kPlanHeader + items * kPlanEntry <= merge_at && merge_at + merges * kPlanEntry <= plan_ints;
   if (!fits) fail("plan: expected a work list, got a buffer that holds none; call Plan.update first");
   if (p.plan[kNumPartials] > p.max_partials) {
@@ -43,18 +49,25 @@ void check_plan(const AttendParams& p, int64_t plan_ints) {
          "; use the workspace of the Plan that was updated");
   }
   const auto* item = reinterpret_cast<const WorkItem*>(p.plan + kPlanHeader);
-  for (int64_t i = 0; i < items; ++i) {
-    const WorkItem& it = item[i];
-    if (it.seq < 0 || it.seq >= p.batch) fail("plan: expected sequences below ", p.batch, ", got ", it.seq, "; it is stale: update it");
-    const int q_len = p.cu_seqlens_q[it.seq + 1] - p.cu_seqlens_q[it.seq];
-    const int start = p.seq_starts != nullptr ? p.seq_starts[it.seq] : 0;
-    const ChunkSpan span =
-        tile_chunks(p.seq_lens[it.seq], q_len, it.q_begin, it.q_count, start, p.window_left, kChunkSize);
-    if (it.q_begin < 0 || it.q_begin + it.q_count > q_len || it.chunk_begin < span.begin || it.chunk_end > span.end) {
-      fail("plan: expected a work list for these lengths and this window, got one for others; call Plan.update once a step, ",
-           "with the same seq_lens, cu_seqlens_q, seq_starts and window");
+  const auto* last = item + items;
+  for (int b = 0; b < p.batch; ++b) {
+    const int q_len = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
+    const int start = p.seq_starts != nullptr ? p.seq_starts[b] : 0;
+    for (int q_begin = 0; q_begin < q_len; q_begin += tile_q) {
+      const int q_count = q_len - q_begin < tile_q ? q_len - q_begin : tile_q;
+      const ChunkSpan span = tile_chunks(p.seq_lens[b], q_len, q_begin, q_count, start, p.window_left, kChunkSize);
+      int chunk = span.begin;
+      do {
+        if (item == last || item->seq != b || item->q_begin != q_begin || item->q_count != q_count ||
+            item->chunk_begin != chunk || item->chunk_end > span.end || item->chunk_end < chunk) {
+          fail_stale();
+        }
+        chunk = item->chunk_end;
+      } while (item++->chunk_begin < chunk && chunk < span.end);
+      if (chunk != span.end) fail_stale();
     }
   }
+  if (item != last) fail_stale();
 }
 
 void append_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_meta,

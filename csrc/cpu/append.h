@@ -7,6 +7,7 @@
 namespace foldkv::FOLDKV_ISA {
 
 constexpr float kMaxZero = 1024.0f;  // a dynamic step is at least absmax / 1024: the fp16 zero stays exact to half a step
+constexpr float kMaxDynamic = 0x1p100f;  // dynamic formats cut to this magnitude, so that no sum of a rotation overflows
 constexpr float kMinScale = 0x1p-126f;
 constexpr float kMaxScale = 0x1.fep127f;  // largest bf16
 
@@ -74,7 +75,11 @@ inline int encode_row(const Cache& cache, const cpu::CodecOps& codec, float* x, 
     return nonfinite;
   }
   const auto param = [&](ParamRow which) { return cache.params + (which * h_kv + head) * d; };
-  for (int c = 0; c < d; c += 16) store(x + c, (load(x + c) - load(param(kMean) + c)) / load(param(kBalance) + c));
+  const F limit = splat(format.dynamic ? kMaxDynamic : INFINITY);
+  for (int c = 0; c < d; c += 16) {
+    const F y = (load(x + c) - load(param(kMean) + c)) / load(param(kBalance) + c);
+    store(x + c, min(max(y, splat(0.0f) - limit), limit));
+  }
   if (format.rotate) hadamard(x, d);
   const F top = splat(static_cast<float>((1 << bits) - 1));
   const ScaleZero dynamic = format.dynamic ? dynamic_scale(x, d, bits, format.stored_zero) : ScaleZero{};

@@ -49,6 +49,7 @@ inline float mid_code(const Cache& cache) { return static_cast<float>(1 << (kCod
 inline void write_output(const AttendParams& p, int64_t row, int head, State s, float* o) {
   const int d = p.d, kv_head = head / (p.h_q / p.h_kv);
   const Cache& v = p.v_cache;
+  if (s.m == kEmpty) std::memset(o, 0, d * sizeof(float));
   if (is_integer(v)) {
     if (!v.format.dynamic) {
       const float* scale = param(v, kScale, kv_head, p);
@@ -67,9 +68,7 @@ inline void write_output(const AttendParams& p, int64_t row, int head, State s, 
     for (int c = 0; c < d; c += 16) store(o + c, load(o + c) * splat(scale));
   }
   const int64_t at = row * p.h_q + head;
-  if (s.m == kEmpty) {
-    std::memset(o, 0, d * sizeof(float));
-  } else {
+  if (s.m != kEmpty) {
     for (int c = 0; c < d; c += 16) store(o + c, load(o + c) / splat(s.l));
   }
   write_row(p.out, p.q.dtype, at * d, o, d);
@@ -199,6 +198,16 @@ class Block {
     return pool + token_offset(page, kv_head_, token % p_.page_size, p_.h_kv, p_.page_size, bytes);
   }
 
+  // Ask for the rows of `token` and those after it up to the next multiple of 16. Keys and values take turns in being
+  // worked on, so while one is computed with, the other is fetched: values of the same tokens, keys of the next chunk.
+  void prefetch(const Cache& cache, int token) const {
+    if (token >= keys_.end) return;
+    const int bytes = row_bytes(kCodecs[cache.format.codec].bits, p_.d);
+    const uint8_t* from = row(cache.codes, token, bytes);
+    const int length = (16 - token % 16) * bytes;
+    for (int i = 0; i < length; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+
   void attend_chunk(int chunk, State* fresh) {
     const int first = chunk * kChunkSize;
     const int begin = keys_.begin > first ? keys_.begin : first;
@@ -216,6 +225,7 @@ class Block {
     const int bytes = row_bytes(kCodecs[p_.v_cache.format.codec].bits, p_.d);
     for (int t = begin; t < end;) {
       const int page_end = (t / p_.page_size + 1) * p_.page_size, stop = page_end < end ? page_end : end;
+      for (int ahead = t; ahead < stop; ahead += 16) prefetch(p_.k_cache, ahead + kChunkSize);
       v_.accumulate(value_, t - first, stop - first, row(p_.v_cache.codes, t, bytes), p_.d);
       t = stop;
     }
@@ -237,6 +247,7 @@ class Block {
     const Cache& k = p_.k_cache;
     const int bytes = row_bytes(kCodecs[k.format.codec].bits, p_.d), meta_bytes = k.format.meta_bytes();
     for (int t = group_begin; t < end; t += 16) {
+      prefetch(p_.v_cache, t);
       k_.dots(query_, row(k.codes, t, bytes), p_.d, &value_.w[0][t - first], kChunkSize);
       F scale = splat(1.0f), zero = splat(0.0f);
       if (k.format.dynamic) read_meta(k, row(k.meta, t, meta_bytes), scale, zero);

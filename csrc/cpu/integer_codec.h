@@ -27,10 +27,11 @@ struct IntegerKernels {
   static constexpr int kMid = 1 << (C::kBits - 1);
   static constexpr int kMaxCode = (1 << C::kBits) - 1;
 
-  // A row of d channels is d / 32 whole units, and half a unit where d is an odd multiple of 16.
+  // A row of d channels is d / 32 whole units, and half a unit where d is an odd multiple of 16 (not kWhole).
+  template <bool kWhole>
   static W unit(const uint8_t* row, int index, int d) {
     const uint8_t* p = row + index * kUnitBytes;
-    if ((index + 1) * kUnit <= d) return C::widen(p);
+    if (kWhole || (index + 1) * kUnit <= d) return C::widen(p);
     uint8_t half[kUnitBytes] = {};
     std::memcpy(half, p, kUnitBytes / 2);
     return C::widen(half);
@@ -67,7 +68,7 @@ struct IntegerKernels {
   }
 
   // R query rows against 16 tokens, 16 / R tokens at a time.
-  template <int R>
+  template <int R, bool kWhole>
   static void dots_rows(const QueryTile& tile, int r0, const uint8_t* rows, int d, float* out, int stride) {
     constexpr int T = 16 / R;
     const int units = ceil_div(d, kUnit), bytes = row_bytes(C::kBits, d);
@@ -76,7 +77,7 @@ struct IntegerKernels {
       for (I& a : acc) a = izero();
       for (int u = 0; u < units; ++u) {
         W codes[T];
-        for (int t = 0; t < T; ++t) codes[t] = unit(rows + (t0 + t) * bytes, u, d);
+        for (int t = 0; t < T; ++t) codes[t] = unit<kWhole>(rows + (t0 + t) * bytes, u, d);
         for (int r = 0; r < R; ++r) {
           const W q = wload(&tile.q_int[r0 + r][u * kUnit]);
           for (int t = 0; t < T; ++t) acc[r * T + t] = madd(acc[r * T + t], codes[t], q);
@@ -89,7 +90,10 @@ struct IntegerKernels {
   }
 
   static void dots(const QueryTile& tile, const uint8_t* rows, int d, float* out, int stride) {
-    for_row_blocks(tile.rows, [&](auto block, int r) { dots_rows<block()>(tile, r, rows, d, out, stride); });
+    for_row_blocks(tile.rows, [&](auto block, int r) {
+      if (d % kUnit == 0) dots_rows<block(), true>(tile, r, rows, d, out, stride);
+      else dots_rows<block(), false>(tile, r, rows, d, out, stride);
+    });
   }
 
   static void clear(ValueTile& tile, int d) {
@@ -97,7 +101,7 @@ struct IntegerKernels {
   }
 
   // R weight rows, U units of channels from unit u0 on; tokens in pairs.
-  template <int R, int U>
+  template <int R, int U, bool kWhole>
   static void add_rows(ValueTile& tile, int r0, int u0, int begin, int end, const uint8_t* rows, int d) {
     const int bytes = row_bytes(C::kBits, d);
     I acc[R][U][2];
@@ -110,7 +114,7 @@ struct IntegerKernels {
       const uint8_t* row = rows + static_cast<int64_t>(t - begin) * bytes;
       for (int u = 0; u < U; ++u) {
         W lo, hi;
-        interleave(unit(row, u0 + u, d), unit(row + bytes, u0 + u, d), lo, hi);
+        interleave(unit<kWhole>(row, u0 + u, d), unit<kWhole>(row + bytes, u0 + u, d), lo, hi);
         for (int r = 0; r < R; ++r) {
           const W pair = wsplat_pair(&tile.w_int[r0 + r][t]);
           acc[r][u][0] = madd(acc[r][u][0], lo, pair);
@@ -127,10 +131,11 @@ struct IntegerKernels {
 
   template <int R>
   static void add_units(ValueTile& tile, int r0, int begin, int end, const uint8_t* rows, int d) {
-    const int units = ceil_div(d, kUnit);
+    const int whole = d / kUnit;
     int u = 0;
-    for (; u + 2 <= units; u += 2) add_rows<R, 2>(tile, r0, u, begin, end, rows, d);
-    for (; u < units; ++u) add_rows<R, 1>(tile, r0, u, begin, end, rows, d);
+    for (; u + 2 <= whole; u += 2) add_rows<R, 2, true>(tile, r0, u, begin, end, rows, d);
+    for (; u < whole; ++u) add_rows<R, 1, true>(tile, r0, u, begin, end, rows, d);
+    if (d % kUnit != 0) add_rows<R, 1, false>(tile, r0, u, begin, end, rows, d);
   }
 
   // Pairs start at even tokens, so that both lie in one page; a pair's tokens outside the range have weight 0.

@@ -1,0 +1,140 @@
+"""`calibrate`: from a model and text to `KVScales`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quant.errors import ArgumentError, CalibrationError, describe
+from quant.scales import KVScales, LayerStats, model_facts, model_hash
+from quant.spec import KVSpec, LayerSpecs, parse_modes
+
+from .collect import check_model, collect, eval_mode, text_config
+from .data import Data, Windows, load_windows, write_windows
+from .derive import static_scale
+from .provenance import now, versions, weight_index_hash
+
+# Of given text; a model that writes its own text takes a step per token, so it writes less.
+NUM_SAMPLES = 64
+NUM_OWN_SAMPLES = 16
+MAX_SEQ_LEN = 1024
+# Fewer tokens than this cannot show a range.
+MIN_TOKENS = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    data: Data | None = None,
+    *,
+    tokenizer: Any = None,
+    mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec] = "c8",
+    num_samples: int | None = None,
+    max_seq_len: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    text_column: str = "text",
+    progress: Progress | None = None,
+) -> KVScales:
+    """Run text through `model` once and return the statistics and static scales of its K and V.
+
+    data: a `.txt` or `.jsonl` path, strings, token ids `[n]` or `[rows, len]`, or None: the model writes its own text.
+    tokenizer: the model's; needed for text. mode: whose static scales are stored; the statistics serve any other too.
+    num_samples, max_seq_len: windows and their tokens; default 64 (16 where the model writes) of 1024, or of the
+        model's maximum if that is less. Static ranges are known up to that length. batch_size: windows per forward.
+    progress: called with (what is being done, steps done, steps in all).
+    Errors: UnsupportedModelError, ArgumentError, CalibrationError (bad data; dead or non-finite heads, named).
+    """
+    check_model(model)
+    samples = num_samples if num_samples is not None else NUM_OWN_SAMPLES if data is None else NUM_SAMPLES
+    seq_len = _seq_len(model, max_seq_len)
+    for name, value in (("num_samples", samples), ("max_seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise ArgumentError(describe(name, "at least 1", str(value)))
+    if samples * seq_len < MIN_TOKENS:
+        wanted = f"at least {MIN_TOKENS} tokens"
+        raise CalibrationError(describe("calibration", wanted, f"{samples} x {seq_len}", "ask for more samples"))
+    float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+    specs = parse_modes(mode, text_config(model).num_hidden_layers, float_codec)
+
+    if data is None:
+        windows = _own_text(model, tokenizer, samples, seq_len, seed, progress)
+    else:
+        windows = load_windows(data, tokenizer, samples, seq_len, text_column=text_column)
+    _check_ids(model, windows)
+    layers = collect(
+        model,
+        windows.tokens.split(batch_size),
+        seed=seed,
+        on_batch=_report(progress, "calibrating", samples),
+    )
+    for idx, layer in enumerate(layers):
+        if layer is not None:
+            _attach_static(layer, specs[idx])
+    config = {
+        "mode": specs.name,
+        "estimator": "minmax",
+        "model": {
+            "name": str(model.config.name_or_path).rstrip("/").rpartition("/")[2],
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "config": model_facts(model.config),
+            "config_hash": model_hash(model.config),
+            "weight_index_hash": weight_index_hash(model.config.name_or_path or ""),
+        },
+        "data": {
+            "source": windows.source,
+            "sha256": windows.sha256(),
+            "num_samples": samples,
+            "max_seq_len": seq_len,
+            "seed": seed,
+        },
+        "versions": versions(),
+        "date": now(),
+    }
+    return KVScales(layers, config)
+
+
+def _attach_static(layer: LayerStats, spec: KVSpec) -> None:
+    """Store the scales of `spec`'s static formats with the statistics they follow from."""
+    for stats, fmt in ((layer.k, spec.k), (layer.v, spec.v)):
+        if fmt.is_static:
+            stats.static = static_scale(stats, fmt)
+
+
+def _seq_len(model: PreTrainedModel, asked: int | None) -> int:
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if asked is None:
+        return min(MAX_SEQ_LEN, limit or MAX_SEQ_LEN)
+    if limit is not None and asked > limit:
+        raise ArgumentError(describe("max_seq_len", f"at most {limit}, the model's maximum", str(asked)))
+    return asked
+
+
+def _own_text(
+    model: PreTrainedModel, tokenizer: Any, samples: int, seq_len: int, seed: int, progress: Progress | None
+) -> Windows:
+    config = text_config(model)
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    starts = (config.bos_token_id, getattr(tokenizer, "bos_token_id", None), eos)
+    bos = next((token for token in starts if token is not None), None)
+    on_token = _report(progress, "writing text", samples * seq_len)
+    with eval_mode(model):
+        return write_windows(model, samples, seq_len, bos=bos, seed=seed, on_token=on_token)
+
+
+def _check_ids(model: PreTrainedModel, windows: Windows) -> None:
+    """ArgumentError for token ids that the model has no embedding for."""
+    embeddings: Any = model.get_input_embeddings()
+    vocab = embeddings.weight.shape[0]
+    low, high = int(windows.tokens.min()), int(windows.tokens.max())
+    if low < 0 or high >= vocab:
+        fix = "use the tokenizer of this model"
+        raise ArgumentError(describe("token ids", f"0 .. {vocab - 1}", f"{low} .. {high}", fix))
+
+
+def _report(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+    return None if progress is None else lambda done: progress(what, done, total)

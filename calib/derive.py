@@ -1,0 +1,100 @@
+"""From statistics to the parameters of a format: static scale and zero point, mean, balance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.errors import ArgumentError, describe
+from quant.pages import BALANCE, MEAN, SCALE, ZERO, identity_params
+from quant.scales import KVScales, StaticScale, TensorStats
+from quant.spec import Format, KVSpec
+
+# A channel's balance stays within this factor of its head's median: a channel that hardly moved or hardly mattered
+# during calibration may do either later.
+MAX_BALANCE = 16.0
+# Static ranges are widened by this factor where codes are plenty: 5 % coarser steps cost less than the rare values past
+# the calibrated range. At 4 bits they cost more; there `Format.clip` decides.
+HEAD_ROOM_8BIT = 1.05
+# A static step is at least this part of the largest magnitude: finer codes would drown in the rounding of fp32.
+_FINEST_STEP = 2.0**-16
+# Smaller magnitudes count as zero: their steps would be denormal.
+_TINY = 2.0**-100
+
+
+def layer_params(
+    scales: KVScales, layer_idx: int, spec: KVSpec, head_room: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Parameters fp32 `[4, h_kv, d]` (rows of `quant.pages`) of K and of V of one layer.
+
+    head_room: widens static ranges by this factor, for text longer or stranger than what was calibrated on; default
+        `HEAD_ROOM_8BIT` from 8 bits on, 1 below.
+    Errors: ScaleFileError for a layer without statistics, ArgumentError for a head_room that is not positive.
+    """
+    layer = scales[layer_idx]
+    return tensor_params(layer.k, spec.k, head_room), tensor_params(layer.v, spec.v, head_room)
+
+
+def tensor_params(stats: TensorStats, fmt: Format, head_room: float | None = None) -> Tensor:
+    """Parameters fp32 `[4, h_kv, d]` of one tensor stored as `fmt`."""
+    params = identity_params(fmt, stats.h_kv, stats.head_dim)
+    if fmt.is_static:
+        static = stats.static
+        if static is None or static.fmt != str(fmt) or head_room is not None:
+            static = static_scale(stats, fmt, head_room)
+        params[SCALE], params[ZERO] = static.scale[:, 0], static.zero_point[:, 0]
+    if fmt.center:
+        params[MEAN] = stats.mean
+    if fmt.balance:
+        params[BALANCE] = balance(stats)
+    return params
+
+
+def static_scale(stats: TensorStats, fmt: Format, head_room: float | None = None) -> StaticScale:
+    """Scale and zero point of a static integer format, `[h_kv, 1, d]` per channel or `[h_kv, 1, 1]` per head.
+
+    Asymmetric: the grid spans min .. max, its half-range times `fmt.clip * head_room` about the midrange. Symmetric: it
+    spans +- absmax times the same. A range of zero width decodes to exactly its constant.
+    """
+    if head_room is None:
+        head_room = HEAD_ROOM_8BIT if fmt.element.bits >= 8 else 1.0
+    if not 0 < head_room < float("inf"):
+        raise ArgumentError(describe("head_room", "a finite factor > 0", str(head_room)))
+    low, high = stats.min.double(), stats.max.double()
+    if fmt.scaling == "head":
+        low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    element = fmt.element
+    absmax = torch.maximum(low.abs(), high.abs())
+    widen = fmt.clip * head_room
+    if fmt.symmetric:
+        scale = absmax * widen / (element.mid_code - 1)
+        constant = absmax / (element.mid_code // 2)
+    else:
+        scale = torch.maximum((high - low) * widen / element.max_code, absmax * _FINEST_STEP)
+        constant = absmax / (element.mid_code * 8)
+    # A constant divided by a power of two is a whole number of steps away from zero, exactly.
+    scale = torch.where(low == high, constant, scale)
+    # A channel of zeros takes the coarsest step of its head, in case it wakes up.
+    dead = absmax < _TINY
+    scale = torch.where(dead, scale.amax(-1, keepdim=True).clamp(min=_TINY), scale).float()
+    zero = torch.full_like(scale, float(element.mid_code))
+    if not fmt.symmetric:
+        middle = torch.where(low == high, float(element.mid_code), element.max_code / 2)
+        zero = torch.where(dead, zero, (middle - (low + high) / 2 / scale.double()).float())
+    return StaticScale(str(fmt), scale.unsqueeze(1), zero.unsqueeze(1))
+
+
+def balance(stats: TensorStats) -> Tensor:
+    """Per-channel divisor fp32 `[h_kv, d]`, geometric mean 1 per head, that moves noise to where it weighs least.
+
+    With one step for all channels, noise costs sum_c weight_c balance_c^2 times the step squared, which grows as
+    sum_c var_c / balance_c^2: the product is least at (var / weight)^(1/4) (Cauchy-Schwarz). Clamped to `MAX_BALANCE`.
+    """
+    var, weight = stats.var.double(), stats.weight.double()
+    log = (var.log() - weight.log()) / 4
+    known = (var > 0) & (weight > 0)
+    median = torch.where(known, log, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
+    limit = torch.tensor(MAX_BALANCE, dtype=torch.float64).log()
+    # Neither moved nor mattered: -inf - -inf.
+    log = (log - median).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).clamp(-limit, limit)
+    return (log - log.mean(-1, keepdim=True)).exp().float()

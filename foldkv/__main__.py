@@ -1,0 +1,5 @@
+"""`python -m foldkv`: the command line without an installation."""
+
+from foldkv.cli.main import main
+
+main()

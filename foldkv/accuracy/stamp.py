@@ -1,0 +1,71 @@
+"""The set-up stamp: what was run, on what, with which versions. Holds no path but those that the user typed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import foldkv
+from foldkv.doctor import _cpu_name
+from foldkv.version import __version__
+from quant import backend
+from quant.scales import model_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def stamp(model: PreTrainedModel) -> dict[str, Any]:
+    """Facts about the model, the machine and the software; the caller may know better about "model" and "command"."""
+    device = model.device
+    return {
+        "model": Path(model.config.name_or_path).name or type(model).__name__,
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "model_config_sha256": model_hash(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "kernels": _kernels(device.type),
+        "versions": {
+            "foldkv": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": metadata.version("transformers"),
+        },
+        "commit": _commit(),
+        "command": None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _kernels(device_type: str) -> str:
+    """Which code runs the ops on this device."""
+    if not backend.has_kernels(device_type):
+        return "PyTorch fallback: right, and slow"
+    return "compiled" if device_type != "cpu" else f"compiled, {import_module('quant._C').cpu_isa()}"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that foldkv runs from; None for an installed package."""
+    root = Path(foldkv.__file__).parent.parent if foldkv.__file__ else Path(foldkv.__path__[0]).parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

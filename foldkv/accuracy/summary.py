@@ -1,0 +1,151 @@
+"""The figures of a run: means with standard errors, percentiles, position buckets.
+
+Standard errors are by window: the windows are the independent samples, positions inside one window are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .metrics import TokenScores
+
+BUCKET_EDGES = (0, 16, 64, 256, 1024, 4096, 16384, 65536)
+"""Where position buckets begin: cached tokens before the scored position."""
+
+CURVE_POINTS = 24
+
+
+class Mean(NamedTuple):
+    """A mean over all positions and its standard error by window; the error is None with a single window."""
+
+    value: float
+    se: float | None
+
+
+class Metric(NamedTuple):
+    """A scalar of every run: its key, what it is, and which of two values is the worse one."""
+
+    key: str
+    text: str
+    worse: Callable[[float, float], float] = max
+
+
+METRICS = (
+    Metric("kld_mean", "mean KLD to the base, nats"),
+    Metric("kld_se", "standard error of kld_mean"),
+    Metric("kld_p50", "median KLD"),
+    Metric("kld_p90", "90th percentile of the KLD"),
+    Metric("kld_p95", "95th percentile of the KLD"),
+    Metric("kld_p99", "99th percentile of the KLD"),
+    Metric("kld_p999", "99.9th percentile of the KLD"),
+    Metric("kld_max", "largest KLD"),
+    Metric("top1_agreement", "share of positions where the most likely token is the base's", min),
+    Metric("top1_se", "standard error of top1_agreement"),
+    Metric("ppl", "perplexity of the mode"),
+    Metric("ppl_se", "standard error of ppl"),
+    Metric("base_ppl", "perplexity of the base"),
+    Metric("base_ppl_se", "standard error of base_ppl"),
+    Metric("ln_ppl_ratio", "ln(ppl / base_ppl), paired"),
+    Metric("ln_ppl_ratio_se", "standard error of ln_ppl_ratio"),
+    Metric("ppl_change", "ppl / base_ppl - 1"),
+    Metric("delta_p_mean", "mean change of the following token's probability", min),
+    Metric("delta_p_se", "standard error of delta_p_mean"),
+    Metric("delta_p_rms", "root mean square change of the following token's probability"),
+    Metric("nonfinite", "positions whose logits are not finite"),
+    Metric("positions", "positions scored", min),
+    Metric("windows", "windows scored", min),
+)
+
+_PERCENTILES = {"kld_p50": 50, "kld_p90": 90, "kld_p95": 95, "kld_p99": 99, "kld_p999": 99.9, "kld_max": 100}
+
+
+def worst(key: str, values: list[float | None]) -> float | None:
+    """The worst of a metric's values over the ways; None (not finite) is worse than any number."""
+    if not values or any(value is None for value in values):
+        return None
+    pick = next(metric.worse for metric in METRICS if metric.key == key)
+    result = values[0]
+    for value in values[1:]:
+        result = pick(result, value)  # type: ignore[arg-type]
+    return result
+
+
+def block_mean(values: Tensor) -> Mean:
+    """Mean of `[windows, positions]` and its standard error by window."""
+    by_window = values.double().mean(dim=1)
+    n = by_window.numel()
+    se = None if n < 2 else float(by_window.std(unbiased=True)) / math.sqrt(n)
+    return Mean(float(by_window.mean()), se)
+
+
+def summarise(scores: TokenScores) -> dict[str, Any]:
+    """The scalars of `METRICS`, `buckets`, `curve` and `second_half` of one run; a non-finite figure is None."""
+    result: dict[str, Any] = {**_scalars(scores), "buckets": _buckets(scores), "curve": _curve(scores)}
+    # llama.cpp scores the second half of each window alone: the same figures for comparison.
+    half = _scalars(scores.span(scores.num_positions // 2, scores.num_positions))
+    result["second_half"] = {key: half[key] for key in ("kld_mean", "kld_p99", "top1_agreement", "ppl", "base_ppl")}
+    return result
+
+
+def _scalars(scores: TokenScores) -> dict[str, float | int | None]:
+    kld, top, delta = (block_mean(x) for x in (scores.kld, scores.same_top, scores.delta_p))
+    nll, base_nll = block_mean(scores.nll), block_mean(scores.base_nll)
+    ratio = block_mean(scores.nll - scores.base_nll)
+    ppl, base_ppl = _exp(nll.value), _exp(base_nll.value)
+    flat = scores.kld.flatten().numpy()
+    figures = {
+        "kld_mean": kld.value,
+        "kld_se": kld.se,
+        **{key: float(np.percentile(flat, percent)) for key, percent in _PERCENTILES.items()},
+        "top1_agreement": top.value,
+        "top1_se": top.se,
+        "ppl": ppl,
+        "ppl_se": None if nll.se is None else ppl * nll.se,
+        "base_ppl": base_ppl,
+        "base_ppl_se": None if base_nll.se is None else base_ppl * base_nll.se,
+        "ln_ppl_ratio": ratio.value,
+        "ln_ppl_ratio_se": ratio.se,
+        "ppl_change": _exp(ratio.value) - 1,
+        "delta_p_mean": delta.value,
+        "delta_p_se": delta.se,
+        "delta_p_rms": math.sqrt(float(scores.delta_p.square().mean())),
+        "nonfinite": int((~scores.logsumexp.isfinite()).sum()),
+        "positions": scores.kld.numel(),
+        "windows": scores.num_windows,
+    }
+    return {key: _finite(value) for key, value in figures.items()}
+
+
+def _buckets(scores: TokenScores) -> list[dict[str, Any]]:
+    result = []
+    edges = [edge for edge in BUCKET_EDGES if edge < scores.num_positions] + [scores.num_positions]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        part = scores.span(begin, end)
+        kld, top = block_mean(part.kld), block_mean(part.same_top)
+        ratio = block_mean(part.nll - part.base_nll)
+        figures = {"kld_mean": kld.value, "kld_se": kld.se, "top1_agreement": top.value, "ln_ppl_ratio": ratio.value}
+        result.append({"begin": begin, "end": end, **{key: _finite(value) for key, value in figures.items()}})
+    return result
+
+
+def _curve(scores: TokenScores) -> list[list[float | None]]:
+    """[middle position, mean KLD] of at most CURVE_POINTS equal spans."""
+    count = min(CURVE_POINTS, scores.num_positions)
+    edges = [round(i * scores.num_positions / count) for i in range(count + 1)]
+    return [
+        [(begin + end - 1) / 2, _finite(float(scores.kld[:, begin:end].mean()))]
+        for begin, end in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _finite(value: float | int | None) -> float | int | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,96 @@
+"""The bytes of every format, pinned: `tests/golden/format_v1.json`. The reference and the compiled ops must both give them.
+
+The input is made of integers by a formula, so nothing here depends on a random generator. A change of a format needs a new
+version and a new file; `python tests/test_golden.py` writes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ops_helpers import FORMATS
+from torch import Tensor
+
+from quant import ops, reference
+from quant.pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, identity_params
+from quant.spec import Format, KVSpec
+
+GOLDEN = Path(__file__).parent / "golden" / "format_v1.json"
+NUM_PAGES, PAGE, H_KV, D, TOKENS = 3, 16, 2, 48, 20
+
+Append = Callable[[LayerPages, Tensor, Tensor, Tensor], None]
+
+
+def golden_rows() -> Tensor:
+    """fp32 `[tokens, h_kv, d]`: multiples of 1/16 in [-8, 8], one row of zeros, one constant row."""
+    t, h, c = torch.meshgrid(torch.arange(TOKENS), torch.arange(H_KV), torch.arange(D), indexing="ij")
+    x = ((t * 7919 + h * 104729 + c * c * 31 + t * c * 17) % 257 - 128).float() / 16
+    x[3], x[4] = 0.0, -2.5
+    return x
+
+
+def golden_params(fmt: Format) -> Tensor:
+    params = identity_params(fmt, H_KV, D)
+    c = torch.arange(D).float().expand(H_KV, D)
+    if fmt.is_static:
+        params[SCALE] = (c % 5 + 3) * (0.25 if fmt.element.bits == 4 else 0.015625)
+        if not fmt.symmetric:
+            params[ZERO] = fmt.element.mid_code + (c % 7 - 3) / 4
+    if fmt.center:
+        params[MEAN] = (c % 9 - 4) / 8
+    if fmt.balance:
+        params[BALANCE] = (c % 3 + 2) / 4
+    return params
+
+
+def stored(fmt: Format, append: Append) -> dict[str, str]:
+    """What the pools of a cache with K and V in `fmt` hold after the golden rows went in, backwards, into pages 0 and 2."""
+    pages = LayerPages.empty(KVSpec(fmt, fmt), NUM_PAGES, PAGE, H_KV, D)
+    for part in (pages.k, pages.v):
+        part.set_params(golden_params(fmt))
+    x = golden_rows()
+    slots = torch.tensor([t if t < PAGE else PAGE + t for t in range(TOKENS)])
+    append(pages, x, x.flip(0).contiguous(), slots.flip(0))
+    assert torch.equal(pages.k.codes[1], torch.zeros_like(pages.k.codes[1]))
+    tiles = pages.k.codes.view(NUM_PAGES, H_KV, PAGE, -1), pages.k.meta.view(NUM_PAGES, H_KV, PAGE, fmt.meta_bytes)
+    return {
+        "token19_head0": tiles[0][0, 0, 0].numpy().tobytes().hex(),
+        "meta_head0": tiles[1][0, 0].numpy().tobytes().hex(),
+        "k_codes_sha256": hashlib.sha256(pages.k.codes.numpy().tobytes()).hexdigest(),
+        "k_meta_sha256": hashlib.sha256(pages.k.meta.numpy().tobytes()).hexdigest(),
+        "v_codes_sha256": hashlib.sha256(pages.v.codes.numpy().tobytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("append", [reference.append_kv, ops.append_kv], ids=["reference", "op"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_golden_bytes(name: str, append: Append) -> None:
+    assert stored(FORMATS[name], append) == json.loads(GOLDEN.read_text())[name]
+
+
+def test_golden_covers_every_format() -> None:
+    assert list(json.loads(GOLDEN.read_text())) == list(FORMATS)
+
+
+@pytest.mark.parametrize("append", [reference.append_kv, ops.append_kv], ids=["reference", "op"])
+def test_worked_example(append: Append) -> None:
+    """The row that docs/format.md works through by hand: int4, dynamic, asymmetric, d = 16."""
+    fmt = Format("int4", "token", symmetric=False)
+    x = torch.tensor([-1.0, 2.75, 0.0, 0.5, 1.0, -0.25, 2.0, 0.125, 0.3, 1.6, -0.9, 2.6, 0.875, -0.625, 1.25, 0.2])
+    pages = LayerPages.empty(KVSpec(fmt, fmt), 1, 16, 1, 16)
+    append(pages, x.view(1, 1, 16), x.view(1, 1, 16), torch.tensor([5]))
+    # scale = (2.75 - -1) / 15 = 0.25 = bf16 3e80, zero = -(-1) / 0.25 = 4 = fp16 4400, code = round(x / 0.25 + 4)
+    assert pages.k.codes[0, 0, 5 * 8 : 6 * 8].tolist() == list(bytes.fromhex("f064384ca5e02859"))
+    assert pages.k.meta[0, 0, 5 * 4 : 6 * 4].tolist() == list(bytes.fromhex("803e0044"))
+    table = torch.tensor([0, 0])
+    values = reference.read(pages.k, 16, table, 6)[5, 0].tolist()
+    assert values == [-1, 2.75, 0, 0.5, 1, -0.25, 2, 0, 0.25, 1.5, -1, 2.5, 1, -0.5, 1.25, 0.25]
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({name: stored(fmt, reference.append_kv) for name, fmt in FORMATS.items()}, indent=1) + "\n")

@@ -1,0 +1,168 @@
+"""foldkv::plan: the work list is the definition's, covers every chunk once, and stays within its bounds."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_helpers import int32
+
+from quant.plan import CHUNK_SIZE, ENTRY, HEADER, Capacity, Plan, reference_plan
+
+WORKERS = st.sampled_from([1, 2, 3, 8, 17, 132])
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[Capacity, list[int], list[int], list[int] | None, int]:
+    """A capacity, and a batch within it: lengths, query lengths, starts, window."""
+    batch = draw(st.integers(0, 6))
+    lengths = draw(st.lists(st.integers(0, 20 * CHUNK_SIZE), min_size=batch, max_size=batch))
+    q_lens = draw(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 60)), min_size=batch, max_size=batch))
+    q_lens = [min(q_len, length + 2) for q_len, length in zip(q_lens, lengths, strict=True)]
+    starts = draw(st.one_of(st.none(), st.lists(st.integers(-3, 3000), min_size=batch, max_size=batch)))
+    window = draw(st.one_of(st.just(-1), st.integers(0, 2000)))
+    h_kv, group = draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([1, 2, 4, 7, 8, 16, 20]))
+    total = draw(st.one_of(st.just(max(1, sum(lengths))), st.integers(1, 3000)))  # honest, or too small to split all
+    capacity = Capacity(
+        max(1, batch), max(1, sum(q_lens)), 20 * CHUNK_SIZE, total, h_kv * group, h_kv, 64, 16, draw(WORKERS)
+    )
+    return capacity, lengths, q_lens, starts, window
+
+
+def bounds(q_lens: list[int]) -> list[int]:
+    return [sum(q_lens[:i]) for i in range(len(q_lens) + 1)]
+
+
+def planned(
+    capacity: Capacity, lengths: list[int], q_lens: list[int], starts: list[int] | None, window: int
+) -> tuple[list[int], list[list[int]], list[list[int]]]:
+    """Header, items and merges that the op wrote; everything else in the buffer must be as it was."""
+    plan = Plan(capacity, window)
+    plan.buffer.fill_(-77)
+    plan.update(int32(*lengths), int32(*bounds(q_lens)), None if starts is None else int32(*starts))
+    numbers = plan.buffer.tolist()
+    header = numbers[:HEADER]
+    num_items, num_merges, _, merge_at = header[:4]
+    untouched = numbers[HEADER + ENTRY * num_items : merge_at] + numbers[merge_at + ENTRY * num_merges :]
+    assert set(untouched) <= {-77}
+    entries = [numbers[at : at + ENTRY] for at in range(HEADER, HEADER + ENTRY * num_items, ENTRY)]
+    merges = [numbers[at : at + ENTRY] for at in range(merge_at, merge_at + ENTRY * num_merges, ENTRY)]
+    return header, entries, merges
+
+
+def seen_chunks(length: int, q_len: int, query: int, start: int, window: int) -> range:
+    """Chunks with a key that the query sees, from the definition of visibility."""
+    position = length - q_len + query
+    first = max(0, start, position - window if window >= 0 else 0)
+    return range(first // CHUNK_SIZE, position // CHUNK_SIZE + 1) if first <= position else range(0)
+
+
+@given(steps())
+@settings(max_examples=200, deadline=None)
+def test_the_op_gives_the_definition(step: tuple[Capacity, list[int], list[int], list[int] | None, int]) -> None:
+    capacity, lengths, q_lens, starts, window = step
+    header, items, merges = planned(*step)
+    want_items, want_merges, want_header = reference_plan(lengths, bounds(q_lens), starts, capacity.limits, window)
+    assert header == want_header
+    assert items == want_items
+    assert merges == want_merges
+
+
+@given(steps())
+@settings(max_examples=200, deadline=None)
+def test_every_visible_chunk_once_and_within_bounds(
+    step: tuple[Capacity, list[int], list[int], list[int] | None, int],
+) -> None:
+    capacity, lengths, q_lens, starts, window = step
+    header, items, merges = planned(*step)
+    covered = Counter((item[0], item[1] + i, chunk) for item in items for i in range(item[2]) for chunk in range(*item[3:5]))
+    assert set(covered.values()) <= {1}
+    queries = Counter((item[0], item[1] + i) for item in items if item[6] for i in range(item[2]))
+    assert queries == Counter((b, i) for b, q_len in enumerate(q_lens) for i in range(q_len))  # each is begun once
+    for b, q_len in enumerate(q_lens):
+        for i in range(q_len):
+            chunks = seen_chunks(lengths[b], q_len, i, starts[b] if starts else 0, window)
+            assert all((b, i, chunk) in covered for chunk in chunks)
+    # A worker's share, bounds of items and partials.
+    share = max(1, -(-header[5] // capacity.num_workers))
+    assert len(items) <= capacity.max_items and len(merges) <= capacity.max_tiles
+    if all(item[5] < 0 for item in items) is False:
+        assert header[2] <= capacity.max_partials
+    split = {tuple(merge[:3]): merge for merge in merges}
+    slots: list[int] = []
+    for item in items:
+        merge = split.get(tuple(item[:3]))
+        assert (item[5] >= 0) == (merge is not None)
+        if merge is None:
+            assert item[6] == 1
+            continue
+        assert item[4] - item[3] <= share or item[6]
+        parts = 1 if item[6] else item[4] - item[3]
+        slots += range(item[5], item[5] + parts * item[2])
+        assert merge[3] <= item[5] and item[5] + parts * item[2] <= merge[3] + merge[4] * merge[2]
+    assert len(slots) == len(set(slots)) == sum(merge[2] * merge[4] for merge in merges)
+    assert all(0 <= slot < min(header[2], capacity.max_partials) for slot in slots)
+
+
+@given(steps())
+@settings(max_examples=50, deadline=None)
+def test_a_capacity_that_holds_the_batch_never_refuses_to_split(
+    step: tuple[Capacity, list[int], list[int], list[int] | None, int],
+) -> None:
+    """The stated bound of the workspace is enough when queries are few: one tile a sequence."""
+    capacity, lengths, q_lens, starts, window = step
+    q_lens = [min(q_len, capacity.tile_q, 1) for q_len in q_lens]
+    total = max(1, sum(lengths))
+    roomy = Capacity(
+        max(1, len(lengths)), max(1, sum(q_lens)), 20 * CHUNK_SIZE, total, capacity.h_q, capacity.h_kv, 64, 16, 132
+    )
+    _, items, _ = planned(roomy, lengths, q_lens, starts, window)
+    units = [max(1, item[4] - item[3]) for item in items]
+    share = max(1, -(-sum(units) // roomy.num_workers))
+    assert all(unit <= share for unit in units)  # nobody is left with more than a share
+
+
+def test_chunk_borders_do_not_depend_on_the_batch() -> None:
+    """Cuts fall on multiples of the chunk, wherever the sequence stands and whoever stands beside it."""
+    alone = planned(Capacity(8, 64, 8192, 65536, 8, 2, 64, 16, 8), [5000], [1], None, -1)[1]
+    assert [item[3:5] for item in alone] == [[i, min(i + 3, 20)] for i in range(0, 20, 3)]
+    for mates in ([1], [5000, 5000, 30], [8000]):
+        items = planned(Capacity(8, 64, 8192, 65536, 8, 2, 64, 16, 8), [*mates, 5000], [1] * len(mates) + [1], None, -1)[1]
+        mine = [item for item in items if item[0] == len(mates)]
+        assert [item[3] for item in mine] == [0] + [item[4] for item in mine[:-1]]
+        assert mine[-1][4] == 20
+
+
+def test_short_batches_write_no_partials_and_one_long_sequence_fills_the_workers() -> None:
+    capacity = Capacity(256, 256, 65536, 65536, 8, 2, 64, 16, 16)
+    header, items, merges = planned(capacity, [200] * 256, [1] * 256, None, -1)
+    assert (header[2], merges, len(items)) == (0, [], 256)
+    header, items, merges = planned(capacity, [65536], [1], None, -1)
+    assert len(items) == 16 and len(merges) == 1
+    assert {item[4] - item[3] for item in items} == {16}
+
+
+@pytest.mark.parametrize(("h_q", "h_kv", "tile"), [(8, 8, 16), (8, 4, 8), (14, 2, 2), (16, 1, 1), (20, 1, 1), (7, 1, 2)])
+def test_sizes_are_functions_of_the_capacity(h_q: int, h_kv: int, tile: int) -> None:
+    capacity = Capacity(32, 96, 131072, 40000, h_q, h_kv, 128, 64, num_workers=10)
+    assert capacity.tile_q == tile
+    assert capacity.max_tiles == 96 // tile + 32
+    assert capacity.plan_ints == 8 + 8 * (2 * capacity.max_tiles + 10)
+    assert capacity.max_partials == 157 + min(96, 32 * tile)
+    assert capacity.workspace_floats == capacity.max_partials * h_q * 130
+    plan = Plan(capacity)
+    assert plan.buffer.shape == (capacity.plan_ints,) and plan.workspace.shape == (capacity.workspace_floats,)
+    longer = Capacity(32, 96, 1048576, 40000, h_q, h_kv, 128, 64, num_workers=10)
+    assert longer.workspace_floats == capacity.workspace_floats  # the pool bounds it, not the longest sequence
+
+
+def test_too_many_tiles_leave_the_buffer_alone() -> None:
+    plan = Plan(Capacity(2, 4, 1024, 1024, 2, 2, 64, 16))
+    plan.buffer.fill_(-77)
+    with pytest.raises(RuntimeError, match=r"at most 2 query tiles of 16 tokens .* got 3 query tokens in 3 sequences"):
+        plan.update(int32(5, 5, 5), int32(0, 1, 2, 3))
+    assert set(plan.buffer.tolist()) == {-77}
+    assert torch.count_nonzero(plan.workspace) == 0
