@@ -38,8 +38,8 @@ def collect(
 
     model: any transformers decoder whose attention goes through `AttentionInterface`. It attends as it always does
         and is left as it was, errors included.
-    batches: token ids int64 `[batch, seq]`, or a mapping with `input_ids` and perhaps `attention_mask` `[batch, seq]`;
-        positions whose mask is 0, left or right, are not counted.
+    batches: token ids int64 `[batch, seq]`, or a mapping with `input_ids` and perhaps `attention_mask` and
+        `position_ids`, all `[batch, seq]`; tokens whose mask is 0, left or right, are not counted.
     seed, sample_tokens: percentiles come from a uniform sample of that many tokens, drawn with that seed.
     on_batch: called with the number of sequences done, after each batch.
     Errors: UnsupportedModelError; CalibrationError naming layer and head for non-finite or dead heads, and for layers
@@ -133,12 +133,13 @@ class _Collector:
 
     def forward(self, batch: Batch) -> int:
         """Run one batch through the model; returns its number of sequences."""
-        ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-        mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if ids.dim() != 2:
             raise ArgumentError(describe("input_ids", "shape [batch, seq]", str(tuple(ids.shape))))
-        if mask is not None and mask.shape != ids.shape:
-            raise ArgumentError(describe("attention_mask", f"shape {tuple(ids.shape)}", str(tuple(mask.shape))))
+        for name, value in inputs.items():
+            if value.shape != ids.shape:
+                raise ArgumentError(describe(name, f"shape {tuple(ids.shape)}", str(tuple(value.shape))))
         # Places of the counted tokens in the flattened batch; None: all of them.
         self._counted = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().flatten()
         self._seq_len = ids.shape[1]
@@ -147,11 +148,8 @@ class _Collector:
             return len(ids)
         self._sample.advance(count)
         device: Any = self._model.get_input_embeddings().weight.device
-        inputs = {"input_ids": ids.to(device)}
-        if mask is not None:
-            inputs["attention_mask"] = mask.to(device)
         # The decoder alone: K and V do not need the vocabulary projection.
-        self._model.base_model(**inputs, use_cache=False)
+        self._model.base_model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
         for layer in self.layers.values():
             layer.check_finite()
         return len(ids)

@@ -34,8 +34,9 @@ class TokenSample:
         kept = torch.cat((self._keys, new)).topk(self.size, largest=False).indices
         stays = torch.zeros(self.size, dtype=torch.bool)
         stays[kept[kept < self.size]] = True
+        stays &= torch.isfinite(self._keys)
         self.rows = (kept[kept >= self.size] - self.size).sort().values
-        # Free slots are taken in order, so that a stream shorter than the sample fills the first ones.
+        # Free slots (an infinite key: never filled) are taken in order: a short stream fills the first ones.
         self.slots = (~stays).nonzero().flatten()[: len(self.rows)]
         self._keys[self.slots] = new[self.rows]
 

@@ -66,7 +66,7 @@ def diagnose() -> Diagnosis:
             f"the extension is not loaded ({backend.EXTENSION_ERROR}): slow PyTorch ops serve all devices; "
             "run `pip install .` in a checkout"
         )
-    devices = [(torch.device("cpu"), _cpu_name())]
+    devices = [(torch.device("cpu"), cpu_name())]
     if torch.cuda.is_available():
         devices += [(torch.device("cuda", i), torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     else:
@@ -127,7 +127,8 @@ def _copy_a_page(device: Any) -> str:
         return str(error).splitlines()[0]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model name of the CPU and how many hardware threads this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -5,8 +5,8 @@ on the sequence's own length alone. A run of chunks from a tile's first one is f
 partial per chunk; the merge reads them in chunk order. All cuts give the same bits, so the planner is free to choose them.
 
 The plan buffer is int32: a header of 8 (number of items, of merges, of partials used, index of the first merge, status,
-chunk units, chunk size, tile_q), then items of 8 (seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds, 0),
-then merges of 8 (seq, q_begin, q_count, first_partial, parts, 0, 0, 0).
+chunk units, chunk size, tile_q), then items of 8 (seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1,
+folds, 0), then merges of 8 (seq, q_begin, q_count, first_partial, parts, 0, 0, 0).
 """
 
 from __future__ import annotations

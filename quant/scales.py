@@ -142,8 +142,8 @@ class KVScales:
 
     @property
     def calibrated_len(self) -> int | None:
-        """Tokens per calibration sequence: static ranges are known up to this position. None where unknown."""
-        return self.config.get("data", {}).get("max_seq_len")
+        """Positions that the calibration covered: static K ranges are known up to there. None where unknown."""
+        return self.config.get("data", {}).get("max_position")
 
     def check(self, error: type[FoldkvError] = ScaleFileError) -> None:
         """Raise `error` unless there is a layer with statistics and all of them are sound."""
@@ -238,7 +238,7 @@ def _parts(stats: TensorStats) -> dict[str, Tensor]:
     parts = {name: getattr(stats, name) for name in _STATISTICS}
     if stats.static is not None:
         parts |= {"scale": stats.static.scale, "zero_point": stats.static.zero_point}
-    parts = {name: value.detach().float().cpu().contiguous() for name, value in parts.items()}
+    parts = {name: value.detach().float().cpu().contiguous().clone() for name, value in parts.items()}
     return {**parts, "tokens": torch.tensor([stats.tokens])}
 
 

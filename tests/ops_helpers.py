@@ -6,9 +6,11 @@ a kernel that reads what it should not, or assumes more than it is told, gives i
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from quant.pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, PagedTensor, ide
 from quant.plan import Capacity, Plan
 from quant.spec import MODES, Format, KVSpec
 
-# The tensors here are small: a team of threads would wait for itself most of the time. test_laws.py asks for more where it matters.
+# The tensors here are small, and a team of threads would mostly wait for itself. test_laws.py asks for more.
 torch.set_num_threads(1)
 
 WILD_PAGE = 2**30
@@ -104,6 +106,12 @@ def strided(x: Tensor) -> Tensor:
     view = room[:, 1:, :d].transpose(0, 1)
     view.copy_(x)
     return view
+
+
+def fails(message: str, error: type[Exception] = RuntimeError) -> Any:
+    """`pytest.raises` of a message that starts like this, word for word; "foldkv: " goes before those of the ops."""
+    prefix = "foldkv: " if error is RuntimeError else ""
+    return pytest.raises(error, match="^" + re.escape(prefix + message))
 
 
 def int32(*numbers: int) -> Tensor:
@@ -194,7 +202,7 @@ class Batch:
         tensors = (self.block_table, self.seq_lens, self.cu_seqlens_q)
         return ops.append_attention(
             self.pages, self.q, *tensors, plan, seq_starts=self.seq_starts, out=out, return_lse=True, **options
-        )  # type: ignore[return-value]
+        )
 
     def _keywords(self, options: dict[str, Any]) -> dict[str, Any]:
         renamed = dict(options)

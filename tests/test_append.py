@@ -9,8 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import (
-    DTYPES, FORMATS, HEAD_DIMS, SPECS, Source, params_for, poisoned, pools, same_bytes, strided, twin,
-)  # fmt: skip
+    DTYPES,
+    FORMATS,
+    HEAD_DIMS,
+    SPECS,
+    Source,
+    params_for,
+    poisoned,
+    pools,
+    same_bytes,
+    strided,
+    twin,
+)
 from torch import Tensor
 
 from quant import ops, reference
@@ -67,7 +77,9 @@ def test_any_shape_and_stride(
     torch.manual_seed(seed)
     sizes = [tokens, h_kv]
     k, v = (
-        (torch.randn(sizes[layout[0]], sizes[layout[1]], d + 3) * magnitude).to(dtype)[..., 1 : d + 1].permute(*layout, 2)
+        (torch.randn(sizes[layout[0]], sizes[layout[1]], d + 3) * magnitude)
+        .to(dtype)[..., 1 : d + 1]
+        .permute(*layout, 2)
         for dtype in dtypes
     )
     sample = torch.randn(20, h_kv, d) * magnitude

@@ -25,7 +25,9 @@ def rows(q_len: int, seq_len: int, h_q: int = 6, h_kv: int = 2, d: int = 32) -> 
 
 
 @pytest.mark.parametrize(("h_q", "h_kv"), [(4, 4), (6, 2), (7, 1)])
-@pytest.mark.parametrize(("q_len", "seq_len", "window"), [(1, 1, -1), (1, 40, -1), (17, 17, -1), (5, 40, -1), (9, 40, 6), (9, 9, 0)])
+@pytest.mark.parametrize(
+    ("q_len", "seq_len", "window"), [(1, 1, -1), (1, 40, -1), (17, 17, -1), (5, 40, -1), (9, 40, 6), (9, 9, 0)]
+)
 def test_reference_is_sdpa(h_q: int, h_kv: int, q_len: int, seq_len: int, window: int) -> None:
     q, k, v = rows(q_len, seq_len, h_q, h_kv)
     out, _ = reference.attention(q, k, v, window_left=window)
@@ -64,8 +66,9 @@ def test_reference_of_queries_that_see_nothing() -> None:
 
 # --- the op -----------------------------------------------------------------------------------------------------------
 
-RAGGED: list[tuple[int, ...]] = [(300, 1), (37, 37), (0, 1), (1, 1), (523, 5), (90, 0), (3, 5), (256, 1)]
-PADDED: list[tuple[int, ...]] = [(300, 1, 17), (37, 37, 5), (0, 1, 0), (523, 5, 300), (8, 3, 8), (9, 2, 12), (270, 37, 256)]
+Lengths = list[tuple[int, ...]]
+RAGGED: Lengths = [(300, 1), (37, 37), (0, 1), (1, 1), (523, 5), (90, 0), (3, 5), (256, 1)]
+PADDED: Lengths = [(300, 1, 17), (37, 37, 5), (0, 1, 0), (523, 5, 300), (8, 3, 8), (9, 2, 12), (270, 37, 99)]
 # h_kv, query heads a kv head, head_dim, page_size
 SHAPES = [
     (2, 1, 64, 16), (1, 2, 96, 64), (2, 4, 128, 32), (1, 7, 48, 128), (2, 8, 16, 16), (1, 16, 80, 32), (1, 20, 256, 64),

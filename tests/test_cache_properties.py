@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quant import ops, reference
 from quant.cache import PagedKVCache
@@ -34,6 +34,12 @@ class CacheMachine(RuleBasedStateMachine):
     def rows(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.model)))
 
+    @initialize(count=st.integers(1, 20))
+    def start(self, count: int) -> None:
+        for _ in range(2):
+            self.allocate()
+        self.decode(count)
+
     @rule()
     def allocate(self) -> None:
         if len(self.model) == MAX_BATCH:
@@ -46,7 +52,30 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def append(self, data: st.DataObject) -> None:
         rows = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True, min_size=1))
-        counts = {row: data.draw(st.integers(0, 20)) for row in rows}
+        self.write({row: data.draw(st.integers(0, 20)) for row in rows})
+
+    @precondition(lambda self: self.model)
+    @rule(count=st.integers(1, 20))
+    def decode(self, count: int) -> None:
+        self.write(dict.fromkeys(self.model, count))
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def beam_step(self, data: st.DataObject, count: int) -> None:
+        self.select(data)
+        self.decode(count)
+
+    @precondition(lambda self: 0 < len(self.model) < MAX_BATCH)
+    @rule(data=st.data(), count=st.integers(1, 20))
+    def fork_and_write(self, data: st.DataObject, count: int) -> None:
+        self.write({self.fork_of(self.rows(data)): count})
+
+    def fork_of(self, row: int) -> int:
+        copy = self.cache.fork(row)
+        self.model[copy] = list(self.model[row])
+        return copy
+
+    def write(self, counts: dict[int, int]) -> None:
         new = {row: [next(self.numbers) % 2048 for _ in range(n)] for row, n in counts.items()}
         if self.is_too_much(counts):
             with pytest.raises(PoolExhaustedError):
@@ -84,8 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: 0 < len(self.model) < MAX_BATCH)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        row = self.rows(data)
-        self.model[self.cache.fork(row)] = list(self.model[row])
+        self.fork_of(self.rows(data))
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -140,6 +168,6 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 TestCache = CacheMachine.TestCase

@@ -93,4 +93,6 @@ def test_worked_example(append: Append) -> None:
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps({name: stored(fmt, reference.append_kv) for name, fmt in FORMATS.items()}, indent=1) + "\n")
+    GOLDEN.write_text(
+        json.dumps({name: stored(fmt, reference.append_kv) for name, fmt in FORMATS.items()}, indent=1) + "\n"
+    )

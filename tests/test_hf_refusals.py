@@ -263,7 +263,9 @@ def test_attention_that_looks_ahead_is_refused(model: PreTrainedModel) -> None:
         assert model.config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS
 
         def forward_with_image(*args: Any, past_key_values: Any, **kwargs: Any) -> Any:
-            return create_causal_mask(model.config, embeds, None, past_key_values, or_mask_function=both_ways)
+            return create_causal_mask(
+                model.config, embeds, attention_mask=None, past_key_values=past_key_values, or_mask_function=both_ways
+            )
 
         decoder, run = model.model, model.model.forward
         decoder.forward = forward_with_image

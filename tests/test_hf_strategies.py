@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from foldkv.hf import swap_kv_cache
 from foldkv.hf.models import SUPPORTED
+from quant.plan import CHUNK_SIZE
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 NEW_TOKENS = 12
@@ -93,9 +94,18 @@ def test_beams_past_a_page(core_model: PreTrainedModel) -> None:
     check_same_tokens(core_model, tokens(1, 15), do_sample=False, num_beams=4, length_penalty=2.0, max_new_tokens=20)
 
 
+def test_past_a_chunk_of_the_kernels(core_model: PreTrainedModel) -> None:
+    """The work list changes where a sequence passes a multiple of `CHUNK_SIZE` tokens, and where padding does."""
+    ids = tokens(2, CHUNK_SIZE + CHUNK_SIZE // 2 - 4)
+    mask = torch.ones_like(ids)
+    mask[1, : CHUNK_SIZE + 3] = 0
+    check_same_tokens(core_model, ids, mask, do_sample=False)
+    check_same_tokens(core_model, ids[:, : CHUNK_SIZE - 4], do_sample=False)
+
+
 def test_prompt_lookup(core_model: PreTrainedModel) -> None:
     ids = tokens(1, 6).repeat(1, 3)
-    check_same_tokens(core_model, ids, do_sample=False, prompt_lookup_num_tokens=4)
+    check_same_tokens(core_model, ids, do_sample=False, prompt_lookup_num_tokens=4, eos_token_id=98)
 
 
 def test_assistant_model_with_its_own_cache(core_model: PreTrainedModel) -> None:
@@ -114,7 +124,9 @@ def test_assistant_model_swapped_too(core_model: PreTrainedModel) -> None:
 def test_a_model_that_assists_itself_accepts_every_draft(core_model: PreTrainedModel) -> None:
     with swap_kv_cache(core_model, "c4r", page_size=PAGE):
         want = core_model.generate(tokens(), max_new_tokens=NEW_TOKENS, do_sample=False)
-        lookup = core_model.generate(tokens(), max_new_tokens=NEW_TOKENS, do_sample=False, prompt_lookup_num_tokens=3)
+        lookup = core_model.generate(
+            tokens(), max_new_tokens=NEW_TOKENS, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=98
+        )
     assert torch.equal(lookup, want)
 
 

@@ -425,7 +425,7 @@ def test_layers_that_were_never_used_survive_everything(swap: KVSwap) -> None:
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0]))
     assert (cache.get_seq_length(), cache.get_mask_sizes(4, 1), cache.is_initialized) == (0, (4, 0), False)
-    assert cache.is_sliding == [False, False] and cache.is_croppable and not cache.is_compileable
+    assert cache.is_sliding == [False, False] and not cache.is_compileable
     with pytest.raises(ArgumentError, match="whole FoldCache"):
         cache.layers[0].crop(-1)
 

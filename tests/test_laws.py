@@ -10,12 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from ops_helpers import (
-    SPECS, WILD_PAGE, Batch, Sequence, Source, check_attention, int32, make_batch, make_ragged, poisoned, same_bytes,
-)  # fmt: skip
+    SPECS,
+    WILD_PAGE,
+    Batch,
+    Sequence,
+    Source,
+    check_attention,
+    int32,
+    make_batch,
+    make_ragged,
+    poisoned,
+    same_bytes,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from quant import backend, ops
+from quant.pages import LayerPages
 from quant.plan import Plan
 
 LAW_MODES = ["c32", "c16", "c8", "c8d", "k8v4", "c4", "c4r"]
@@ -99,12 +110,10 @@ def test_prefill_in_chunks_and_decode_give_the_bits_of_one_prefill(mode: str, wi
     plan = Plan(source.capacity(max_q_tokens=512), window)
     written, k, v = batch.pages, one.k, one.v
 
-    def step(pages: object, q: Tensor, length: int) -> Tensor:
+    def step(pages: LayerPages, q: Tensor, length: int) -> Tensor:
         lengths, bounds = int32(length), int32(0, len(q))
         plan.update(lengths, bounds)
-        return ops.append_attention(
-            pages, q, batch.block_table, lengths, bounds, plan, window_size=(window, 0)
-        )  # type: ignore[arg-type, return-value]
+        return ops.append_attention(pages, q, batch.block_table, lengths, bounds, plan, window_size=(window, 0))
 
     whole = step(written, batch.q, total)
     for sizes in ([100, 1, 7, 182], [1] * total, [16] * 18 + [2]):
@@ -244,7 +253,7 @@ def allocations(run: Callable[[], object]) -> int:
     """How many times PyTorch's allocator handed out memory during `run`."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = recorded.profiler.kineto_results.events()
     return sum(event.name() == "[memory]" and event.nbytes() > 0 for event in events)
 
 

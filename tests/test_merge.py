@@ -11,7 +11,9 @@ from quant import ops, reference
 INF = float("inf")
 
 
-def parts(n: int, tokens: int = 5, h: int = 3, d: int = 32, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def parts(
+    n: int, tokens: int = 5, h: int = 3, d: int = 32, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """Random outputs `[n, tokens, h, d]` and LSEs `[n, tokens, h]` that differ widely."""
     return torch.randn(n, tokens, h, d, dtype=dtype), torch.randn(n, tokens, h, dtype=torch.float64) * 5
 
@@ -29,7 +31,7 @@ def test_parts_of_a_sequence_give_the_whole(cuts: tuple[int, ...]) -> None:
     q, k, v = torch.randn(1, 4, 16).double(), torch.randn(64, 2, 16).double(), torch.randn(64, 2, 16).double()
     whole = reference.attention(q, k, v)
     edges = [0, *cuts, 64]
-    pieces = [reference.attention(q, k[a:b], v[a:b]) for a, b in zip(edges, edges[1:])]
+    pieces = [reference.attention(q, k[a:b], v[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     merged = reference.merge(torch.stack([o for o, _ in pieces]), torch.stack([lse for _, lse in pieces]))
     close(merged, whole)
 

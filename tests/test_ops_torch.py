@@ -14,7 +14,7 @@ from quant.pages import LayerPages
 from quant.plan import Plan
 
 foldkv = torch.ops.foldkv
-OP_MODES = ["c32", "c16", "c8", "k8v4", "c4r"]
+OP_MODES = ["c16", "k8v4"]
 
 
 def cache_args(pages: LayerPages) -> tuple[Tensor, ...]:

@@ -66,7 +66,9 @@ def steps_and_error(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Ten
         return reference.hadamard(y) if fmt.rotate else y
 
     y = transform(x.double())
-    allowed = scale * (0.5 + (zero.abs() * 2**-11 if fmt.is_dynamic and not fmt.symmetric else 0)) + y.abs().amax() * ROUND
+    allowed = (
+        scale * (0.5 + (zero.abs() * 2**-11 if fmt.is_dynamic and not fmt.symmetric else 0)) + y.abs().amax() * ROUND
+    )
     return allowed.expand_as(y), transform(round_trip(x, fmt, params)) - y
 
 

@@ -14,9 +14,13 @@ void check_batch(const AttendParams& p, int64_t num_pages, int64_t max_pages) {
   }
   for (int b = 0; b < p.batch; ++b) {
     const int64_t seq_len = p.seq_lens[b];
-    if (p.cu_seqlens_q[b + 1] < p.cu_seqlens_q[b]) fail("cu_seqlens_q: expected numbers that do not fall");
+    if (p.cu_seqlens_q[b + 1] < p.cu_seqlens_q[b]) {
+      fail("cu_seqlens_q: expected numbers that do not fall, got ", p.cu_seqlens_q[b + 1], " after ",
+           p.cu_seqlens_q[b]);
+    }
     if (seq_len < 0 || seq_len > max_pages * p.page_size) {
-      fail("seq_lens: expected 0 .. ", max_pages * p.page_size, " (table width * page_size), got ", seq_len, " at index ", b);
+      fail("seq_lens: expected 0 .. ", max_pages * p.page_size, " (table width * page_size), got ", seq_len,
+           " at index ", b);
     }
     const int q_len = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
     if (q_len == 0 || seq_len == 0) continue;
@@ -26,15 +30,18 @@ void check_batch(const AttendParams& p, int64_t num_pages, int64_t max_pages) {
     for (int64_t page = first / p.page_size; page * p.page_size < seq_len; ++page) {
       const int32_t id = p.block_table[b * p.table_stride + page];
       if (id < 0 || id >= num_pages) {
-        fail("block_table: expected page ids in 0 .. ", num_pages - 1, ", got ", id, " for sequence ", b, ", page ", page);
+        fail("block_table: expected page ids in 0 .. ", num_pages - 1, ", got ", id, " for sequence ", b, ", page ",
+             page);
       }
     }
   }
 }
 
 [[noreturn]] void fail_stale() {
-  fail("plan: expected a work list for these lengths and this window, got one for others; call Plan.update once a step, ",
-       "with the same seq_lens, cu_seqlens_q, seq_starts and window");
+  fail(
+      "plan: expected a work list for these lengths and this window, got one for others; call Plan.update once a "
+      "step, ",
+      "with the same seq_lens, cu_seqlens_q, seq_starts and window");
 }
 
 // The work list must be one that was made for this batch: every tile, and every chunk that it sees, once and in order.
@@ -130,8 +137,8 @@ void merge_cpu(const Tensor& o, const Tensor& lse, const Tensor& out, const Tens
   check_shape(o, "o", {kAny, kAny, kAny, kAny}, "parts, tokens, h, d");
   check_contiguous(o, "o");
   const int64_t d = o.size(3);
-  check(d % 16 == 0 && d >= 16 && d <= kMaxHeadDim, "o: expected a head_dim that is a multiple of 16 up to ", kMaxHeadDim,
-        ", got ", d);
+  check(d % 16 == 0 && d >= 16 && d <= kMaxHeadDim, "o: expected a head_dim that is a multiple of 16 up to ",
+        kMaxHeadDim, ", got ", d);
   check_tensor(lse, "lse", ScalarType::Float, {o.size(0), o.size(1), o.size(2)}, "parts, tokens, h");
   check_tensor(out, "out", o.scalar_type(), {o.size(1), o.size(2), d}, "tokens, h, d");
   check_tensor(out_lse, "out_lse", ScalarType::Float, {o.size(1), o.size(2)}, "tokens, h");

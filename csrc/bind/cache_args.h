@@ -52,7 +52,8 @@ struct CacheShape {
 inline CacheShape cache_shape(const Tensor& k_cache, const Tensor& k_params, int64_t page_size) {
   check_shape(k_params, "k_params", {kNumParamRows, kAny, kAny}, "scale/zero/mean/balance, h_kv, d");
   const int64_t h_kv = k_params.size(1), d = k_params.size(2);
-  check(d % 16 == 0 && d >= 16 && d <= kMaxHeadDim, "head_dim: expected a multiple of 16 up to ", kMaxHeadDim, ", got ", d);
+  check(d % 16 == 0 && d >= 16 && d <= kMaxHeadDim, "head_dim: expected a multiple of 16 up to ", kMaxHeadDim, ", got ",
+        d);
   check(page_size == 16 || page_size == 32 || page_size == 64 || page_size == 128,
         "page_size: expected 16, 32, 64 or 128, got ", page_size);
   check_shape(k_cache, "k_cache", {kAny, h_kv, kAny}, "num_pages, h_kv, page_bytes");

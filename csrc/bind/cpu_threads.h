@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdlib>
+
 #include "bind/check.h"
 #include "cpu/kernels.h"
 
@@ -16,8 +18,10 @@ inline void cpu_parallel(int64_t jobs, cpu::Job fn, void* context) {
 
 // Every CPU op asks first: FOLDKV_ISA may name an instruction set that this machine lacks.
 inline void check_cpu() {
-  check(cpu::isa_name() != nullptr, "FOLDKV_ISA: expected an instruction set that is built in and runs here ",
-        "(`foldkv doctor` lists them), got another; unset it");
+  if (cpu::isa_name() != nullptr) return;
+  const char* wanted = std::getenv("FOLDKV_ISA");
+  fail("FOLDKV_ISA: expected an instruction set that is built in and runs here (`foldkv doctor` lists them), got '",
+       wanted != nullptr ? wanted : "", "'; unset it");
 }
 
 }  // namespace foldkv::bind

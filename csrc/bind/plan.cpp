@@ -10,7 +10,8 @@ void check_lengths(const PlanParams& p) {
   if (p.cu_seqlens_q[0] != 0) fail("cu_seqlens_q: expected 0 first, got ", p.cu_seqlens_q[0]);
   for (int b = 0; b < p.batch; ++b) {
     if (p.cu_seqlens_q[b + 1] < p.cu_seqlens_q[b]) {
-      fail("cu_seqlens_q: expected numbers that do not fall, got ", p.cu_seqlens_q[b + 1], " after ", p.cu_seqlens_q[b]);
+      fail("cu_seqlens_q: expected numbers that do not fall, got ", p.cu_seqlens_q[b + 1], " after ",
+           p.cu_seqlens_q[b]);
     }
     if (p.seq_lens[b] < 0) fail("seq_lens: expected lengths >= 0, got ", p.seq_lens[b], " at index ", b);
   }
@@ -26,7 +27,8 @@ void plan_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const Optional
   check(tile_q >= 1 && num_workers >= 1 && max_tiles >= 0 && max_items >= max_tiles + num_workers && max_partials >= 0,
         "plan limits: expected those of a quant.plan.Capacity, got tile_q ", tile_q, ", num_workers ", num_workers,
         ", max_items ", max_items, ", max_tiles ", max_tiles, ", max_partials ", max_partials);
-  check_tensor(plan, "plan", ScalarType::Int, {kPlanHeader + kPlanEntry * (max_items + max_tiles)}, "Capacity.plan_ints");
+  check_tensor(plan, "plan", ScalarType::Int, {kPlanHeader + kPlanEntry * (max_items + max_tiles)},
+               "Capacity.plan_ints");
   PlanParams p{};
   p.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
   p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
@@ -42,8 +44,9 @@ void plan_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const Optional
   p.max_partials = max_partials;
   check_lengths(p);
   if (!cpu::plan(p)) {
-    fail("plan: expected at most ", max_tiles, " query tiles of ", tile_q, " tokens (Capacity.max_batch and max_q_tokens)",
-         ", got ", p.cu_seqlens_q[p.batch], " query tokens in ", p.batch, " sequences; plan with a larger Capacity");
+    fail("plan: expected at most ", max_tiles, " query tiles of ", tile_q,
+         " tokens (Capacity.max_batch and max_q_tokens)", ", got ", p.cu_seqlens_q[p.batch], " query tokens in ",
+         p.batch, " sequences; plan with a larger Capacity");
   }
 }
 

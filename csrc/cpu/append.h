@@ -6,8 +6,10 @@
 
 namespace foldkv::FOLDKV_ISA {
 
-constexpr float kMaxZero = 1024.0f;  // a dynamic step is at least absmax / 1024: the fp16 zero stays exact to half a step
-constexpr float kMaxDynamic = 0x1p100f;  // dynamic formats cut to this magnitude, so that no sum of a rotation overflows
+constexpr float kMaxZero =
+    1024.0f;  // a dynamic step is at least absmax / 1024: the fp16 zero stays exact to half a step
+constexpr float kMaxDynamic =
+    0x1p100f;  // dynamic formats cut to this magnitude, so that no sum of a rotation overflows
 constexpr float kMinScale = 0x1p-126f;
 constexpr float kMaxScale = 0x1.fep127f;  // largest bf16
 
@@ -61,8 +63,8 @@ inline void repair(float* x, int d, bool dynamic) {
 }
 
 // Writes one row; returns how many of its elements were not finite.
-inline int encode_row(const Cache& cache, const cpu::CodecOps& codec, float* x, int d, int h_kv, int head, int page_size,
-                      int64_t slot) {
+inline int encode_row(const Cache& cache, const cpu::CodecOps& codec, float* x, int d, int h_kv, int head,
+                      int page_size, int64_t slot) {
   const Format& format = cache.format;
   const int bits = kCodecs[format.codec].bits;
   const int64_t page = slot / page_size;

@@ -316,8 +316,8 @@ class Block {
   int token_[kRows], head_[kRows];
   int64_t out_row_[kRows];
   bool bad_[kRows];  // the query holds NaN or infinity; its output is NaN
-  float base_[kRows];      // added to every logit
-  float q_sum_[kRows];     // sum of the effective query
+  float base_[kRows];  // added to every logit
+  float q_sum_[kRows];  // sum of the effective query
   float zero_sum_[kRows];  // sum of weight * (zero - middle code), for zeros stored with the tokens
   State state_[kRows];
   QueryTile query_;

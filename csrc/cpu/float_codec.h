@@ -100,8 +100,7 @@ struct FloatKernels {
 template <class C>
 const cpu::CodecOps& float_codec(int id) {
   using K = FloatKernels<C>;
-  static const cpu::CodecOps ops = {id,        K::prepare, K::dots,  K::clear, K::accumulate,
-                                    K::finish, nullptr,    K::store};
+  static const cpu::CodecOps ops = {id, K::prepare, K::dots, K::clear, K::accumulate, K::finish, nullptr, K::store};
   return ops;
 }
 

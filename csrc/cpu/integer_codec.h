@@ -17,7 +17,8 @@ using cpu::ValueTile;
 template <int Bits>
 inline W widen_codes(const uint8_t* p) {
   int16_t codes[kUnit];
-  for (int i = 0; i < kUnit; ++i) codes[i] = static_cast<int16_t>(p[i * Bits / 8] >> (i * Bits % 8) & ((1 << Bits) - 1));
+  for (int i = 0; i < kUnit; ++i)
+    codes[i] = static_cast<int16_t>(p[i * Bits / 8] >> (i * Bits % 8) & ((1 << Bits) - 1));
   return wload(codes);
 }
 
@@ -91,8 +92,10 @@ struct IntegerKernels {
 
   static void dots(const QueryTile& tile, const uint8_t* rows, int d, float* out, int stride) {
     for_row_blocks(tile.rows, [&](auto block, int r) {
-      if (d % kUnit == 0) dots_rows<block(), true>(tile, r, rows, d, out, stride);
-      else dots_rows<block(), false>(tile, r, rows, d, out, stride);
+      if (d % kUnit == 0)
+        dots_rows<block(), true>(tile, r, rows, d, out, stride);
+      else
+        dots_rows<block(), false>(tile, r, rows, d, out, stride);
     });
   }
 
@@ -107,7 +110,8 @@ struct IntegerKernels {
     I acc[R][U][2];
     for (int r = 0; r < R; ++r) {
       for (int u = 0; u < U; ++u) {
-        for (int half = 0; half < 2; ++half) acc[r][u][half] = iload(&tile.acc_int[r0 + r][(u0 + u) * kUnit + half * 16]);
+        for (int half = 0; half < 2; ++half)
+          acc[r][u][half] = iload(&tile.acc_int[r0 + r][(u0 + u) * kUnit + half * 16]);
       }
     }
     for (int t = begin; t < end; t += 2) {
@@ -124,7 +128,8 @@ struct IntegerKernels {
     }
     for (int r = 0; r < R; ++r) {
       for (int u = 0; u < U; ++u) {
-        for (int half = 0; half < 2; ++half) istore(&tile.acc_int[r0 + r][(u0 + u) * kUnit + half * 16], acc[r][u][half]);
+        for (int half = 0; half < 2; ++half)
+          istore(&tile.acc_int[r0 + r][(u0 + u) * kUnit + half * 16], acc[r][u][half]);
       }
     }
   }
@@ -176,8 +181,7 @@ struct IntegerKernels {
 template <class C>
 const cpu::CodecOps& integer_codec(int id) {
   using K = IntegerKernels<C>;
-  static const cpu::CodecOps ops = {id,         K::prepare, K::dots,   K::clear, K::accumulate,
-                                    K::finish, K::pack,    nullptr};
+  static const cpu::CodecOps ops = {id, K::prepare, K::dots, K::clear, K::accumulate, K::finish, K::pack, nullptr};
   return ops;
 }
 

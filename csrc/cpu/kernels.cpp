@@ -44,12 +44,10 @@ void append_attention(const AttendParams& p, Parallel parallel) {
   const IsaOps& ops = *isa();
   const auto* items = reinterpret_cast<const WorkItem*>(p.plan + kPlanHeader);
   const auto* merges = reinterpret_cast<const MergeItem*>(p.plan + p.plan[kMergeAt]);
-  run(parallel, int64_t{p.plan[kNumItems]} * p.h_kv, [&](int64_t job) {
-    ops.attend_item(p, ops, items[job / p.h_kv], static_cast<int>(job % p.h_kv));
-  });
-  run(parallel, int64_t{p.plan[kNumMerges]} * p.h_kv, [&](int64_t job) {
-    ops.merge_item(p, ops, merges[job / p.h_kv], static_cast<int>(job % p.h_kv));
-  });
+  run(parallel, int64_t{p.plan[kNumItems]} * p.h_kv,
+      [&](int64_t job) { ops.attend_item(p, ops, items[job / p.h_kv], static_cast<int>(job % p.h_kv)); });
+  run(parallel, int64_t{p.plan[kNumMerges]} * p.h_kv,
+      [&](int64_t job) { ops.merge_item(p, ops, merges[job / p.h_kv], static_cast<int>(job % p.h_kv)); });
   clear_tail(p);
 }
 

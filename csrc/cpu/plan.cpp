@@ -54,8 +54,9 @@ bool plan(const PlanParams& p) {
       if (wanted > p.max_partials) partial = -1;
       if (partial >= 0) {
         used = wanted;
-        merges[num_merges++] = {tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial),
-                                static_cast<int32_t>(parts), {0, 0, 0}};
+        merges[num_merges++] = {
+            tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial), static_cast<int32_t>(parts),
+            {0, 0, 0}};
       }
     }
     const int64_t first_cut = cut;
@@ -75,8 +76,9 @@ bool plan(const PlanParams& p) {
       cut += share;
     }
   });
-  const int32_t header[kPlanHeader] = {num_items, num_merges, static_cast<int32_t>(used), merge_at, 0,
-                                       static_cast<int32_t>(units), p.chunk_size, p.tile_q};
+  const int32_t header[kPlanHeader] = {num_items,    num_merges, static_cast<int32_t>(used),
+                                       merge_at,     0,          static_cast<int32_t>(units),
+                                       p.chunk_size, p.tile_q};
   for (int i = 0; i < kPlanHeader; ++i) p.plan[i] = header[i];
   return true;
 }

@@ -19,9 +19,7 @@ inline F splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline __m128i load_8x16(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(load_8x16(p)), _mm256_cvtph_ps(load_8x16(p + 8))}; }
-inline __m256 bf16_to_ps(__m128i x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-}
+inline __m256 bf16_to_ps(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 inline F load_bf16(const uint16_t* p) { return {bf16_to_ps(load_8x16(p)), bf16_to_ps(load_8x16(p + 8))}; }
 inline void store(float* p, F x) {
   _mm256_storeu_ps(p, x.a);

@@ -42,8 +42,8 @@ inline float hmax(F a) { return _mm512_reduce_max_ps(a.v); }
 inline float hmin(F a) { return _mm512_reduce_min_ps(a.v); }
 inline F keep(F x, int begin, int end, F other) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __mmask16 mask = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(begin)) &
-                         _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(end));
+  const __mmask16 mask =
+      _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(begin)) & _mm512_cmplt_epi32_mask(lane, _mm512_set1_epi32(end));
   return {_mm512_mask_blend_ps(mask, other.v, x.v)};
 }
 inline F zero_below(F y, F x, float bound) {

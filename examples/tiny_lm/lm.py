@@ -26,9 +26,9 @@ def model_config(context: int = 2048) -> LlamaConfig:
     """
     return LlamaConfig(
         vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=544,
-        num_hidden_layers=6,
+        hidden_size=320,
+        intermediate_size=568,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -63,8 +63,7 @@ def logits_of(model: LlamaForCausalLM, tokens: Tensor, rope: Rope, dtype: torch.
         h = layer.input_layernorm(x)
         heads = (batch, length, -1, attention.head_dim)
         q, k, v = (
-            proj(h).view(heads).transpose(1, 2)
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+            proj(h).view(heads).transpose(1, 2) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -75,9 +74,7 @@ def logits_of(model: LlamaForCausalLM, tokens: Tensor, rope: Rope, dtype: torch.
     return logits
 
 
-def next_token_loss(
-    model: LlamaForCausalLM, tokens: Tensor, rope: Rope, dtype: torch.dtype
-) -> Tensor:
+def next_token_loss(model: LlamaForCausalLM, tokens: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
     """Mean loss in nats a token; `tokens` is (batch, length + 1)."""
     logits = logits_of(model, tokens[:, :-1], rope, dtype)
     return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())

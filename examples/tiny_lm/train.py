@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seq-len", type=int, default=2048)
     add("--lr", type=float, default=0.02, help="for Muon (matrices)")
     add("--adam-lr", type=float, default=0.003, help="for AdamW (embedding, norms)")
-    add("--weight-decay", type=float, default=0.02)
+    add("--weight-decay", type=float, default=0.1)
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data-tokens", type=int, default=0, help="read only this many training tokens")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import foldkv
-from foldkv.doctor import _cpu_name
+from foldkv.doctor import cpu_name
 from foldkv.version import __version__
 from quant import backend
 from quant.scales import model_hash
@@ -32,7 +32,7 @@ def stamp(model: PreTrainedModel) -> dict[str, Any]:
         "model_config_sha256": model_hash(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "kernels": _kernels(device.type),
         "versions": {

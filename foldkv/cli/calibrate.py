@@ -28,7 +28,11 @@ def calibrate(
         int | None, typer.Option(help="Windows of text; default 64, or 16 where the model writes them.")
     ] = None,
     max_seq_len: Annotated[
-        int | None, typer.Option(help="Tokens per window; default 1024. Static ranges are known up to this length.")
+        int | None, typer.Option(help="Tokens per window; default 1024, or the model's maximum if less.")
+    ] = None,
+    max_position: Annotated[
+        int | None,
+        typer.Option(help="Positions that the scales shall hold for, beyond the windows; default --max-seq-len."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 4,
     text_column: Annotated[str, typer.Option(help="Field of a .jsonl record that holds the text.")] = "text",
@@ -56,6 +60,7 @@ def calibrate(
             mode=mode,
             num_samples=num_samples,
             max_seq_len=max_seq_len,
+            max_position=max_position,
             batch_size=batch_size,
             seed=seed,
             text_column=text_column,

@@ -103,7 +103,7 @@ def _show_origin(scales: KVScales) -> None:
         + ", ".join(f"{h_kv} kv heads of {head_dim}" for h_kv, head_dim in shapes),
         "mode": config.get("mode"),
         "data": f"{data.get('source')}, {data.get('num_samples')} x {data.get('max_seq_len')} tokens, "
-        f"seed {data.get('seed')}, hash {str(data.get('sha256'))[:12]}",
+        f"positions to {data.get('max_position')}, seed {data.get('seed')}, hash {str(data.get('sha256'))[:12]}",
         "versions": ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items()),
         "date": config.get("date"),
     }

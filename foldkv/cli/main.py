@@ -8,6 +8,7 @@ import typer
 
 from foldkv.version import __version__
 
+from .bench import bench
 from .calibrate import calibrate
 from .doctor import doctor
 from .generate import generate
@@ -39,7 +40,7 @@ def _main(
     del version
 
 
-for _command in (calibrate, inspect, generate, report, models, doctor):
+for _command in (calibrate, inspect, generate, report, bench, models, doctor):
     app.command()(_command)
 
 

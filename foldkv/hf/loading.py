@@ -23,6 +23,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 _AGAIN = "download or copy the checkpoint again"
 _FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 
@@ -117,13 +118,17 @@ def _read_json(path: Path, fix: str) -> dict[str, Any]:
 
 
 def _load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    local = Path(path).is_dir()
+    fix = (
+        "put tokenizer.json and tokenizer_config.json beside the weights" if local else "check the name and the network"
+    )
+    # Some versions of transformers make an empty tokenizer where there are no files.
+    if local and not any(match for pattern in _TOKENIZER_FILES for match in Path(path).glob(pattern)):
+        raise ArgumentError(describe(f"tokenizer of {str(path)!r}", "tokenizer files", "none", fix))
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(path)
     except _FAILURES as error:
-        fix = "put tokenizer.json and tokenizer_config.json beside the weights"
-        if not Path(path).is_dir():
-            fix = "check the name and the network"
         raise ArgumentError(
             describe(f"tokenizer of {str(path)!r}", "tokenizer files", _first_line(error), fix)
         ) from error

@@ -160,7 +160,7 @@ class CacheState:
         slot = self._plans.get(key)
         if slot is None or slot.plan.capacity.max_q_tokens < step.batch * q_len:
             slot = self._plans[key] = _PlanSlot(self._new_plan(key, step.batch * q_len))
-        if slot.step is not step or slot.q_len != q_len:
+        if slot.step is None:
             slot.plan.update(step.seq_lens, self.cu_seqlens(step.batch, q_len), step.seq_starts)
             slot.step, slot.q_len = step, q_len
         return slot.plan

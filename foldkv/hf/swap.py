@@ -281,7 +281,8 @@ def _prepare_cache_for_generation(
         stock: Callable[..., Any] = type(self)._prepare_cache_for_generation
         return stock(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     wanted = generation_config.cache_implementation
-    if wanted not in (None, self.generation_config.cache_implementation):
+    # "dynamic..." is any cache that grows; assisted decoding asks for one by itself in some versions.
+    if not (wanted or "dynamic").startswith("dynamic") and wanted != self.generation_config.cache_implementation:
         fix = "leave cache_implementation out, or restore() the model first"
         raise ArgumentError(describe("cache_implementation of a swapped model", "none", repr(wanted), fix))
     generation_config.cache_implementation = None
