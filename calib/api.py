@@ -180,4 +180,4 @@ def _check_ids(model: PreTrainedModel, windows: Windows) -> None:
 
 
 def _report(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
-    return None if progress is None else lambda done: progress(what, done, total)
+    return None if progress is None else lambda done: progress(what, min(done, total), total)

@@ -159,6 +159,19 @@ def left_padded(batch: int = 3, length: int = 11) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(mask == 0, 0), mask
 
 
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """Logits `[b, s, vocab]` of one forward pass."""
+    return model(ids, **options).logits
+
+
+def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
+    """Greedy tokens, 8 new ones unless `options` say otherwise."""
+    return model.generate(
+        ids, **{"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids), **options}
+    )
+
+
 def save_checkpoint(model: PreTrainedModel, path: Path, **options: Any) -> Path:
     """Write `model` and a tokenizer whose token `i` is the word `w<i>`; options are those of `save_pretrained`."""
     words = Tokenizer(WordLevel({f"w{idx}": idx for idx in range(VOCAB)}, unk_token="w2"))

@@ -98,8 +98,8 @@ def test_the_default_folder_is_the_models_and_inspect_finds_it(tmp_path: Path) -
     ("options", "code", "message"),
     [
         (("--mode", "c3"), 1, "mode: expected one of"),
-        (("--data", "nowhere.txt"), 1, "nowhere.txt: expected a readable UTF-8 file"),
-        (("--max-seq-len", "100000"), 1, "max_seq_len: expected at most 256"),
+        (("--data", "nowhere.txt"), 2, "nowhere.txt"),
+        (("--max-seq-len", "100000"), 1, "the model's maximum, got 100000"),
         (("--dtype", "int8"), 1, "dtype: expected"),
         (("--num-samples", "x"), 2, "--num-samples"),
     ],

@@ -14,6 +14,7 @@ from hf_helpers import FAMILIES, left_padded, one_thread, tiny_model, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from foldkv.hf import REFUSED, SUPPORTED, check_model, current_swap, swap_kv_cache
+from foldkv.hf.attention import active_cache, first_valid_column
 from quant.errors import ArgumentError, PoolExhaustedError, ScaleFileError, UnsupportedModelError
 from quant.scales import KVScales, LayerStats, TensorStats
 
@@ -274,6 +275,31 @@ def test_attention_that_looks_ahead_is_refused(model: PreTrainedModel) -> None:
                 model(tokens(1, 8), past_key_values=swap.new_cache(1, 32))
         finally:
             decoder.forward = run
+
+
+def test_blocks_that_see_themselves_are_refused(model: PreTrainedModel) -> None:
+    """The tokens of an image see each other; such masks come with no sign but their function."""
+
+    def with_block(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (kv_idx <= q_idx) | ((batch_idx == 1) & (q_idx >= 5) & (q_idx < 8) & (kv_idx >= 5) & (kv_idx < 8))
+
+    def causal(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return kv_idx <= q_idx
+
+    with swap_kv_cache(model, "c32") as swap:
+        token = active_cache.set(swap.new_cache(2, 32))
+        try:
+            for q_length, kv_length, mask_function in (
+                (8, 8, causal),
+                (1, 8, causal),
+                (4, 12, causal),
+                (4, 12, with_block),
+            ):
+                assert first_valid_column(2, q_length, kv_length, fallback="sdpa", mask_function=mask_function) is None
+            with pytest.raises(UnsupportedModelError, match="causal or a sliding window"):
+                first_valid_column(2, 3, 8, fallback="sdpa", mask_function=with_block)
+        finally:
+            active_cache.reset(token)
 
 
 def test_empty_batches_and_prompts_are_errors(model: PreTrainedModel) -> None:

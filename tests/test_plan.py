@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_helpers import int32
 
+from quant import backend
 from quant.plan import CHUNK_SIZE, ENTRY, HEADER, Capacity, Plan, reference_plan
 
+compiled = pytest.mark.skipif(not backend.has_kernels("cpu"), reason="the extension is not built")
 WORKERS = st.sampled_from([1, 2, 3, 8, 17, 132])
 
 
@@ -164,6 +166,7 @@ def test_sizes_are_functions_of_the_capacity(h_q: int, h_kv: int, tile: int) -> 
     assert longer.workspace_floats == capacity.workspace_floats  # the pool bounds it, not the longest sequence
 
 
+@compiled
 def test_too_many_tiles_leave_the_buffer_alone() -> None:
     plan = Plan(Capacity(2, 4, 1024, 1024, 2, 2, 64, 16))
     plan.buffer.fill_(-77)

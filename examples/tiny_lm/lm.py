@@ -168,17 +168,18 @@ class Muon:
 
 
 class Optimiser:
-    """Muon for the layers' matrices, AdamW for the tied embedding and the norms."""
+    """Muon for the layers' matrices (AdamW for them too where lr is 0), AdamW for the tied embedding and the norms."""
 
     def __init__(self, model: LlamaForCausalLM, lr: float, adam_lr: float, weight_decay: float):
         self.lr, self.adam_lr = lr, adam_lr
         self.params = list(model.parameters())
         matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
         norms = [p for p in self.params if p.ndim == 1]
-        self.muon = Muon(matrices, weight_decay=weight_decay)
+        self.muon = Muon(matrices if lr > 0 else [], weight_decay=weight_decay)
+        by_adam = [model.model.embed_tokens.weight] + ([] if lr > 0 else matrices)
         self.adam = torch.optim.AdamW(
             [
-                {"params": [model.model.embed_tokens.weight], "weight_decay": weight_decay},
+                {"params": by_adam, "weight_decay": weight_decay},
                 {"params": norms, "weight_decay": 0.0},
             ],
             lr=adam_lr,

@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=0, help="stop after this many tokens (0: no limit)")
     add("--batch", type=int, default=48, help="sequences a step")
     add("--seq-len", type=int, default=2048)
-    add("--lr", type=float, default=0.02, help="for Muon (matrices)")
+    add("--lr", type=float, default=0.02, help="for Muon (matrices); 0: AdamW for all")
     add("--adam-lr", type=float, default=0.003, help="for AdamW (embedding, norms)")
     add("--weight-decay", type=float, default=0.1)
     add("--seed", type=int, default=0)

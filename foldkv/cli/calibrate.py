@@ -20,7 +20,10 @@ _FOLDER = "kv_cache"
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
     data: Annotated[
-        Path | None, typer.Option(help="Text: a .txt or .jsonl file. Without it the model writes its own.")
+        Path | None,
+        typer.Option(
+            help="Text: a .txt or .jsonl file. Without it the model writes its own.", exists=True, dir_okay=False
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the scales; default MODEL/kv_cache.")] = None,
     mode: Annotated[str, typer.Option(help="Mode whose static scales are stored; any other can be derived.")] = "c8",

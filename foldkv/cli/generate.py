@@ -78,6 +78,9 @@ def generate(
         "seconds": seconds,
         "tokens_per_second": len(new) / seconds,
     }
+    nonfinite = out.past_key_values.num_nonfinite
+    if nonfinite:
+        console.print(f"[yellow]warning[/] {nonfinite} elements of K and V were NaN or infinite; try --dtype float32")
     if json:
         emit_json({"text": answer, **figures})
         return

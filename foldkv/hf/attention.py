@@ -117,7 +117,7 @@ def first_valid_column(
     if active_cache.get() is None:
         kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap}
         return ALL_MASK_ATTENTION_FUNCTIONS[fallback](batch_size, q_length, kv_length, *args, **kwargs)
-    if use_vmap or _looks_ahead(mask_function, batch_size, q_length, kv_length):
+    if use_vmap or _looks_ahead(mask_function, batch_size, q_length, kv_length, kwargs.get("device")):
         raise UnsupportedModelError(describe("attention pattern", "causal or a sliding window", "another one"))
     if attention_mask is None:
         return None
@@ -135,12 +135,18 @@ def first_valid_column(
     return first.to(torch.int32)[:, None, None, None]
 
 
-def _looks_ahead(mask_function: Callable[..., Tensor | bool], batch_size: int, q_length: int, kv_length: int) -> bool:
+def _looks_ahead(
+    mask_function: Callable[..., Tensor | bool],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    device: torch.device | str | None,
+) -> bool:
     """Whether any of the new tokens sees the one after it, as the tokens of an image may."""
     if q_length == 1:
         return False
-    query = torch.arange(kv_length - q_length, kv_length - 1)
-    rows = torch.arange(batch_size)[:, None]
+    query = torch.arange(kv_length - q_length, kv_length - 1, device=device)
+    rows = torch.arange(batch_size, device=device)[:, None]
     return bool(torch.as_tensor(mask_function(rows, 0, query, query + 1)).any())
 
 

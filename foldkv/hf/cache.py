@@ -62,7 +62,7 @@ class FoldLayer(CacheLayerMixin):
         pages = self.pages
         rows = (-1, pages.h_kv, pages.head_dim)
         k, v = (states.detach().transpose(1, 2).reshape(rows) for states in (key_states, value_states))
-        ops.append_kv(pages, k, v, step.slots)
+        ops.append_kv(pages, k, v, step.slots, nonfinite=self.state.nonfinite)
         step.appended.add(self.layer_idx)
         # Fresh objects, so that the tag cannot outlive this pass.
         key_states, value_states = key_states.view_as(key_states), value_states.view_as(value_states)
@@ -218,3 +218,8 @@ class FoldCache(Cache):
     def bits_per_element(self) -> float:
         """Mean stored bits of a K or V element, scale data included; 0 before the first forward pass."""
         return self.state.paged.bits_per_element
+
+    @property
+    def num_nonfinite(self) -> int:
+        """NaN and infinite elements met in K and V so far, stored as 0 and as the nearest finite value."""
+        return int(self.state.nonfinite)

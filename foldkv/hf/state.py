@@ -59,6 +59,8 @@ class CacheState:
         self.length = 0
         self.step: Step | None = None
         self.in_forward = False
+        with torch.inference_mode(False):
+            self.nonfinite = torch.zeros(1, dtype=torch.int64, device=paged.device)
         self._plans: dict[tuple[int, ...], _PlanSlot] = {}
         self._cu_seqlens: dict[tuple[int, int], Tensor] = {}
 
@@ -160,7 +162,7 @@ class CacheState:
         slot = self._plans.get(key)
         if slot is None or slot.plan.capacity.max_q_tokens < step.batch * q_len:
             slot = self._plans[key] = _PlanSlot(self._new_plan(key, step.batch * q_len))
-        if slot.step is None:
+        if slot.step is not step or slot.q_len != q_len:
             slot.plan.update(step.seq_lens, self.cu_seqlens(step.batch, q_len), step.seq_starts)
             slot.step, slot.q_len = step, q_len
         return slot.plan

@@ -224,8 +224,8 @@ class KVSwap:
         if known and not self._warned_length and cache.get_seq_length() > known:
             self._warned_length = True
             warnings.warn(
-                f"foldkv: sequences are now longer than the {known} tokens that the scales of mode {self.mode!r} were "
-                "calibrated on; K may leave the calibrated range. Calibrate on longer text (--max-seq-len)",
+                f"foldkv: sequences are now longer than the {known} positions that the scales of mode {self.mode!r} were "
+                "calibrated for, so K may leave its range; calibrate again with a larger --max-position",
                 stacklevel=2,
             )
 
