@@ -94,7 +94,7 @@ def test_any_shape_and_stride(
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["neox", "interleaved"])
 @pytest.mark.parametrize(("d", "rot"), [(64, 64), (96, 32), (80, 18), (16, 2)])
-@pytest.mark.parametrize("mode", ["c16", "c8d", "c4r", "c8"])
+@pytest.mark.parametrize("mode", ["c32", "c8d", "c4r", "c8"])
 def test_rope_before_quantisation(mode: str, d: int, rot: int, interleaved: bool) -> None:
     dtype = DTYPES[(d // 16) % 3]
     k, v = rows(23, 2, d, dtype), rows(23, 2, d, dtype)

@@ -46,6 +46,7 @@ def inspect(
     output.print(_table(rows, per_head=layer is not None))
     _line(f"outlier: the largest channel's absmax over the median one's; > {OUTLIER_RATIO:g}: channels beyond that")
     _line("offset: the largest |mean| / standard deviation of a channel; balance: the largest over the smallest")
+    _line("at: the channel of the figure before it")
     modes = "  ".join(f"{name} {bits:g}" for name, bits in bits_per_mode(scales).items())
     _line(f"[bold]bits per element[/]  {modes}")
 
@@ -73,7 +74,7 @@ def _table(rows: list[HeadSummary], per_head: bool) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("layer", "tensor", *(["head"] if per_head else []), "min", "max"):
         table.add_column(title, justify="right")
-    for title in ("outlier", "channel", "> 4", "offset", "channel", "balance"):
+    for title in ("outlier", "at", "> 4", "offset", "at", "balance"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
