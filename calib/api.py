@@ -112,10 +112,10 @@ def text_windows(
 ) -> Windows:
     """Windows of `data` (see `load_windows`), or, where it is None, of text that the model writes itself."""
     if data is None:
-        windows = _own_text(model, tokenizer, num_samples, seq_len, seed, progress)
+        windows = own_text(model, tokenizer, num_samples, seq_len, seed, progress)
     else:
         windows = load_windows(data, tokenizer, num_samples, seq_len, text_column=text_column)
-    _check_ids(model, windows)
+    check_ids(model, windows)
     return windows
 
 
@@ -157,7 +157,7 @@ def _max_position(model: PreTrainedModel, seq_len: int, asked: int | None) -> in
     return asked
 
 
-def _own_text(
+def own_text(
     model: PreTrainedModel, tokenizer: Any, samples: int, seq_len: int, seed: int, progress: Progress | None
 ) -> Windows:
     config = text_config(model)
@@ -169,7 +169,7 @@ def _own_text(
         return write_windows(model, samples, seq_len, bos=bos, seed=seed, on_token=on_token)
 
 
-def _check_ids(model: PreTrainedModel, windows: Windows) -> None:
+def check_ids(model: PreTrainedModel, windows: Windows) -> None:
     """ArgumentError for token ids that the model has no embedding for."""
     embeddings: Any = model.get_input_embeddings()
     vocab = embeddings.weight.shape[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from calib.api import _check_ids, _own_text
+from calib.api import check_ids, own_text
 from calib.data import load_windows
 from quant.scales import KVScales
 
@@ -52,11 +52,11 @@ def make_text(
     calibrated = (scales.config.get("data") or {}).get("seed") if scales is not None else None
     seed = (calibrated or 0) + 1 if seed is None else seed
     if data is None:
-        windows = _own_text(model, tokenizer, num_windows, length, seed, progress)
+        windows = own_text(model, tokenizer, num_windows, length, seed, progress)
     else:
         source = Path(data) if isinstance(data, os.PathLike) else data
         windows = load_windows(source, tokenizer, num_windows, length, text_column=text_column)
-    _check_ids(model, windows)
+    check_ids(model, windows)
     facts = {"source": windows.source, "sampled": data is None, "tokens_sha256": windows.sha256(), "file_sha256": None}
     if isinstance(data, (str, os.PathLike)):
         facts["file_sha256"] = file_sha256(Path(data))

@@ -110,7 +110,7 @@ def _bench_threads(names: list[str], shape: Shape, count: int, seconds: float) -
     for name in names:
         spec = resolve_mode(name)
         bits = spec.bits_per_element(shape.head_dim)
-        case = CacheCase(spec, shape, _copies(shape.kv_bytes(bits)), num_workers=4 * count)
+        case = CacheCase(spec, shape, _copies(shape.kv_bytes(bits)), num_workers=-(-4 * count // shape.h_kv))
         result = row(name, case, bits, c16, best_peer)
         c16 = result.us if name == "c16" else c16
         yield result
