@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quant.errors import ArgumentError, UnsupportedModelError, describe
 
-if TYPE_CHECKING:
-    from .cache import FoldCache, FoldLayer
+from .cache import TAG, FoldCache, FoldLayer
 
 NAME = "foldkv_paged"
-# The attribute that carries a `FoldLayer` from `Cache.update` to the attention function, on the tensors themselves.
-TAG = "_foldkv_layer"
 # The cache of the forward pass that is running, if it is ours.
 active_cache: ContextVar[FoldCache | None] = ContextVar("active_cache", default=None)
 

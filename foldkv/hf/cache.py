@@ -13,8 +13,10 @@ from quant.cache import PagedKVCache
 from quant.errors import ArgumentError, UnsupportedModelError, describe
 from quant.pages import LayerPages
 
-from .attention import TAG
 from .state import CacheState
+
+# The attribute that carries a `FoldLayer` from `Cache.update` to the attention function, on the tensors themselves.
+TAG = "_foldkv_layer"
 
 
 class FoldLayer(CacheLayerMixin):
