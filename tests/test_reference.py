@@ -160,7 +160,7 @@ def test_magnitudes_from_subnormal_to_huge(name: str, magnitude: float) -> None:
     x = torch.randn(10, 1, 64) * magnitude
     error = (round_trip(x, fmt, identity_params(fmt, 1, 64)) - x.double()).abs().amax()
     # A bf16 scale is a normal number, so nothing below about 2^-126 can be told from 0.
-    assert error <= x.abs().max().double() * 5 / fmt.element.max_code + 2.0**-126
+    assert error <= x.abs().max().double() * 4.5 / fmt.element.max_code + 2.0**-126
 
 
 @pytest.mark.parametrize("name", FORMATS)
