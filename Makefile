@@ -2,7 +2,7 @@
 #   make demo      calibrate, generate and report on the bundled checkpoint; ends in build/demo/report/
 #   make test      all tests that this machine can run            (ARGS="-k merge" to choose)
 #   make test-gpu  the GPU tests, with the python3 and PyTorch of the machine, no set-up
-#   make bench     speed of this machine's kernels                (ARGS="--device cpu")
+#   make bench     speed of this machine: on a GPU every suite, with the machine's python3 (ARGS="--suite decode"); else the CPU
 #   make lint      formatters, linters, types
 #   make clean     forget everything that was built
 
@@ -18,7 +18,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name 
 MODEL := examples/tiny_lm/model
 DEMO := build/demo
 
-.PHONY: demo test test-gpu bench lint format clean
+.PHONY: demo test test-gpu bench bench-cpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -33,7 +33,12 @@ test: $(VENV)/built
 test-gpu:
 	PYTHON=$(PYTHON) bash tests/gpu/run.sh $(ARGS)
 
-bench: $(VENV)/built
+# A GPU is measured with the machine's own PyTorch; the CPU with that of the environment.
+bench:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then PYTHON=$(PYTHON) bash bench/run.sh $(ARGS); else $(MAKE) bench-cpu; fi
+
+bench-cpu: $(VENV)/built
 	$(BIN)/foldkv bench $(ARGS)
 
 lint: $(VENV)/installed

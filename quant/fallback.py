@@ -8,7 +8,7 @@ from torch import Tensor
 from . import reference
 from .codecs import codecs
 from .pages import LayerPages, PagedTensor
-from .plan import HEADER, PlanLimits, reference_plan
+from .plan import PlanLimits, reference_plan
 from .spec import Format
 
 
@@ -49,7 +49,7 @@ def _plan(
     items, merges, header = reference_plan(
         seq_lens.tolist(), cu_seqlens_q.tolist(), starts, PlanLimits(*limits), window_left
     )
-    for start, rows in ((0, [header]), (HEADER, items), (header[3], merges)):
+    for start, rows in ((0, [header]), (header[8], items), (header[3], merges)):
         numbers = torch.tensor(rows, dtype=torch.int32).flatten()
         plan[start : start + len(numbers)] = numbers.to(plan.device)
 

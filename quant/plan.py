@@ -4,13 +4,17 @@ The planner cuts every sequence's queries into tiles and its keys into chunks of
 on the sequence's own length alone. A run of chunks from a tile's first one is folded in registers; any other run writes one
 partial per chunk; the merge reads them in chunk order. All cuts give the same bits, so the planner is free to choose them.
 
-The plan buffer is int32: a header of 8 (number of items, of merges, of partials used, index of the first merge, status,
-chunk units, chunk size, tile_q), then items of 8 (seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1,
-folds, 0), then merges of 8 (seq, q_begin, q_count, first_partial, parts, 0, 0, 0).
+The plan buffer is int32: a header of 12 (number of items, of merges, of partials used, index of the first merge, status,
+chunk units, chunk size, tile_q, index of the first item, num_workers, units of a worker's share, 0), the first item of each
+worker and the number of items, then items of 12 (seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds,
+row of the first query in q, its position, start, seq_len, 0), then merges of 12 (seq, q_begin, q_count, first_partial,
+parts, row of the first query, zeros). All units lie in a row, tile after tile; worker w has the items that begin in its share
+w * share .. (w + 1) * share - 1.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,9 +24,13 @@ from torch import Tensor
 from .errors import ArgumentError, describe
 from .spec import check_head_dim, check_page_size
 
-HEADER, ENTRY = 8, 8
+HEADER, ENTRY = 12, 12
+MAX_WORKERS = 4096
 CHUNK_SIZE = 256
-_TILE_ROWS = 16
+# Query rows of a tile: what the CPU keeps in registers; what a block on a GPU makes one pass over the keys with.
+TILE_ROWS = {"cpu": 16, "cuda": 64}
+# Blocks of 128 threads that each multiprocessor of a GPU holds at a time.
+BLOCKS_PER_SM = 4
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -46,7 +54,8 @@ class Capacity:
 
     max_batch: sequences a step; max_q_tokens: their new tokens together; max_seq_len: tokens of one sequence;
     total_tokens: cached tokens of all readers together, by default those of the pool; num_workers: how many runs the
-    planner aims for (threads or blocks for each kv head), which changes who computes, never the result.
+    planner aims for (threads or blocks for each kv head), which changes who computes, never the result; tile_rows: query
+    rows (tokens times heads of a group) that share one pass over the keys. `for_device` chooses the last two.
     """
 
     max_batch: int
@@ -59,23 +68,38 @@ class Capacity:
     page_size: int
     num_workers: int = 8
     chunk_size: int = CHUNK_SIZE
+    tile_rows: int = TILE_ROWS["cpu"]
+
+    @classmethod
+    def for_device(cls, device: torch.device | str, **sizes: int) -> Capacity:
+        """A capacity of these sizes with the workers and tiles that suit `device`: functions of the device alone."""
+        device = torch.device(device)
+        h_kv = sizes["h_kv"]
+        if device.type == "cuda":
+            lanes = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+            workers = max(1, lanes // h_kv)
+        else:
+            workers = _ceil_div(4 * torch.get_num_threads(), h_kv)
+        return cls(**{"num_workers": workers, "tile_rows": TILE_ROWS.get(device.type, TILE_ROWS["cpu"]), **sizes})
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
         check_page_size(self.page_size)
-        names = ("max_batch", "max_q_tokens", "max_seq_len", "total_tokens", "h_q", "h_kv", "num_workers")
+        names = ("max_batch", "max_q_tokens", "max_seq_len", "total_tokens", "h_q", "h_kv", "num_workers", "tile_rows")
         for name in names:
             if getattr(self, name) < 1:
                 raise ArgumentError(describe(f"Capacity.{name}", "at least 1", str(getattr(self, name))))
         if self.h_q % self.h_kv:
             raise ArgumentError(describe("query heads", f"a multiple of the {self.h_kv} kv heads", str(self.h_q)))
+        if self.num_workers > MAX_WORKERS:
+            raise ArgumentError(describe("Capacity.num_workers", f"at most {MAX_WORKERS}", str(self.num_workers)))
         if self.chunk_size != CHUNK_SIZE:
             raise ArgumentError(describe("Capacity.chunk_size", str(CHUNK_SIZE), str(self.chunk_size)))
 
     @property
     def tile_q(self) -> int:
         """Query tokens of a tile."""
-        return max(1, _TILE_ROWS * self.h_kv // self.h_q)
+        return max(1, self.tile_rows * self.h_kv // self.h_q)
 
     @property
     def max_tiles(self) -> int:
@@ -99,12 +123,17 @@ class Capacity:
     @property
     def plan_ints(self) -> int:
         """int32 numbers of the plan buffer."""
-        return HEADER + ENTRY * (self.max_items + self.max_tiles)
+        return item_at(self.num_workers) + ENTRY * (self.max_items + self.max_tiles)
 
     @property
     def workspace_floats(self) -> int:
         """fp32 numbers of the workspace: per partial and query head the running maximum, the sum, and `d` outputs."""
         return self.max_partials * self.h_q * (self.head_dim + 2)
+
+
+def item_at(num_workers: int) -> int:
+    """Index of the first item in a plan buffer."""
+    return HEADER + 4 * _ceil_div(num_workers + 1, 4)
 
 
 def tile_chunks(
@@ -125,23 +154,26 @@ def reference_plan(
     limits: PlanLimits,
     window_left: int = -1,
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Items, merges and header of a step, by the definition; what every backend's planner must give."""
+    """Items, merges, and the header with the workers' first items, by the definition; what every planner must give."""
     tiles = []
     for b, seq_len in enumerate(seq_lens):
-        q_len = cu_seqlens_q[b + 1] - cu_seqlens_q[b]
+        row, q_len = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
         for q_begin in range(0, q_len, limits.tile_q):
             q_count = min(limits.tile_q, q_len - q_begin)
-            start = starts[b] if starts else 0
+            start = max(0, starts[b]) if starts else 0
             span = tile_chunks(seq_len, q_len, q_begin, q_count, start, window_left, limits.chunk_size)
-            tiles.append((b, q_begin, q_count, *span))
+            where = [row + q_begin, seq_len - q_len + q_begin, start, seq_len, 0]
+            tiles.append((b, q_begin, q_count, *span, where))
     units = [max(1, tile[4] - tile[3]) for tile in tiles]
     per_worker = max(1, _ceil_div(sum(units), limits.num_workers))
     items: list[list[int]] = []
     merges: list[list[int]] = []
+    begins: list[int] = []  # where among all units each item begins
     begun, wanted, used = 0, 0, 0
-    for (b, q_begin, q_count, first, last), size in zip(tiles, units, strict=True):
+    for (b, q_begin, q_count, first, last, where), size in zip(tiles, units, strict=True):
         # Cut where a worker's share of the concatenated units ends.
         cuts = [first + c - begun for c in range((begun // per_worker + 1) * per_worker, begun + size, per_worker)]
+        offset = begun - first
         begun += size
         if cuts:
             parts = 1 + last - cuts[0]
@@ -149,15 +181,20 @@ def reference_plan(
             partial, wanted = wanted, wanted + parts * q_count
             cuts = cuts if fits else []
         if not cuts:
-            items.append([b, q_begin, q_count, first, last, -1, 1, 0])
+            items.append([b, q_begin, q_count, first, last, -1, 1, *where])
+            begins.append(first + offset)
             continue
         used = wanted
-        merges.append([b, q_begin, q_count, partial, parts, 0, 0, 0])
+        merges.append([b, q_begin, q_count, partial, parts, where[0], *[0] * 6])
         for begin, end in zip([first, *cuts], [*cuts, last], strict=True):
             slot = partial if begin == first else partial + (1 + begin - cuts[0]) * q_count
-            items.append([b, q_begin, q_count, begin, end, slot, int(begin == first), 0])
-    merge_at = HEADER + ENTRY * limits.max_items
+            items.append([b, q_begin, q_count, begin, end, slot, int(begin == first), *where])
+            begins.append(begin + offset)
+    first_item = item_at(limits.num_workers)
+    merge_at = first_item + ENTRY * limits.max_items
     header = [len(items), len(merges), used, merge_at, 0, begun, limits.chunk_size, limits.tile_q]
+    header += [first_item, limits.num_workers, per_worker, 0]
+    header += [bisect_left(begins, worker * per_worker) for worker in range(limits.num_workers + 1)]
     return items, merges, header
 
 

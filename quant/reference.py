@@ -64,7 +64,7 @@ def _finite(x: Tensor, bound: Tensor | float) -> Tensor:
 
 def _dynamic_scale(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Scale and zero `[..., 1]` of fp32 rows `y` `[..., d]`, as they are stored (bf16 and fp16 values, in fp32)."""
-    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+    low, high = y.amin(-1, keepdim=True) + 0.0, y.amax(-1, keepdim=True)  # a zero is +0, whichever came first
     absmax = torch.maximum(low.abs(), high.abs())
     constant = (low == high) & (absmax > 0)
     mid = float(fmt.element.mid_code)

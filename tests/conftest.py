@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no GPU."""
-    if torch.cuda.is_available():
+    """Skip tests marked `gpu` where there is no GPU, unless FOLDKV_TEST_DEVICE=cpu puts the CPU in its place."""
+    if torch.cuda.is_available() or os.environ.get("FOLDKV_TEST_DEVICE") == "cpu":
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:

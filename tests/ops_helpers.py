@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant import ops, reference
 from quant.pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, PagedTensor, identity_params
-from quant.plan import Capacity, Plan
+from quant.plan import TILE_ROWS, Capacity, Plan
 from quant.spec import MODES, Format, KVSpec
 
 # The tensors here are small, and a team of threads would mostly wait for itself. test_laws.py asks for more.
@@ -56,7 +56,7 @@ def is_float(spec: KVSpec) -> bool:
 def params_for(fmt: Format, x: Tensor) -> Tensor:
     """Params fp32 `[4, h_kv, d]` of `fmt`, fitted to rows `x` `[tokens, h_kv, d]` in the plainest way."""
     x = x.float()
-    params = identity_params(fmt, *x.shape[1:])
+    params = identity_params(fmt, *x.shape[1:], x.device)
     top, mid = fmt.element.max_code, fmt.element.mid_code
     low, high = x.amin(0), x.amax(0)
     if fmt.scaling == "head":
@@ -82,10 +82,10 @@ def poisoned(pages: LayerPages) -> LayerPages:
     return pages
 
 
-def twin(pages: LayerPages) -> LayerPages:
-    """A copy of `pages` that shares no memory with it."""
+def twin(pages: LayerPages, device: torch.device | str | None = None) -> LayerPages:
+    """A copy of `pages` that shares no memory with it, on its device or another."""
     parts = (
-        PagedTensor(part.fmt, *(tensor.clone() for tensor in (part.codes, part.meta, part.params)))
+        PagedTensor(part.fmt, *(tensor.to(device, copy=True) for tensor in (part.codes, part.meta, part.params)))
         for part in (pages.k, pages.v)
     )
     return LayerPages(*parts, pages.page_size, pages.head_dim)
@@ -96,13 +96,13 @@ def pools(pages: LayerPages) -> list[Tensor]:
 
 
 def same_bytes(a: LayerPages, b: LayerPages) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(pools(a), pools(b), strict=True))
+    return all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(pools(a), pools(b), strict=True))
 
 
 def strided(x: Tensor) -> Tensor:
     """The same rows `[tokens, heads, d]` as a view with gaps between tokens and heads; the last dimension stays whole."""
     tokens, heads, d = x.shape
-    room = torch.full((heads, tokens + 1, d + 16), float("nan"), dtype=x.dtype)
+    room = torch.full((heads, tokens + 1, d + 16), float("nan"), dtype=x.dtype, device=x.device)
     view = room[:, 1:, :d].transpose(0, 1)
     view.copy_(x)
     return view
@@ -114,8 +114,8 @@ def fails(message: str, error: type[Exception] = RuntimeError) -> Any:
     return pytest.raises(error, match="^" + re.escape(prefix + message))
 
 
-def int32(*numbers: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
+def int32(*numbers: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,10 @@ class Sequence:
 
 @dataclass
 class Source:
-    """A layer of a model as its cache sees it: channels with their own means and widths, and params fitted to them."""
+    """A layer of a model as its cache sees it: channels with their own means and widths, and params fitted to them.
+
+    Numbers are drawn on the CPU whatever the device, so that a seed means the same everywhere.
+    """
 
     spec: KVSpec
     h_kv: int = 2
@@ -138,6 +141,7 @@ class Source:
     d: int = 64
     page_size: int = 16
     dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
     mean: Tensor = field(init=False, repr=False)
     width: Tensor = field(init=False, repr=False)
     params: tuple[Tensor, Tensor] = field(init=False, repr=False)
@@ -146,22 +150,26 @@ class Source:
         self.mean = torch.randn(self.h_kv, self.d)
         self.width = torch.rand(self.h_kv, self.d) + 0.2
         sample = self.sequence(400, 0)
-        self.params = params_for(self.spec.k, sample.k), params_for(self.spec.v, sample.v)
+        self.params = params_for(self.spec.k, sample.k.cpu()), params_for(self.spec.v, sample.v.cpu())
 
     def sequence(self, seq_len: int, q_len: int, start: int = 0) -> Sequence:
         k = torch.randn(seq_len, self.h_kv, self.d) * self.width + self.mean
         v = torch.randn(seq_len, self.h_kv, self.d) * self.width.flip(-1) + 0.3
         q = torch.randn(q_len, self.h_kv * self.group, self.d)
-        return Sequence(k.to(self.dtype), v.to(self.dtype), q.to(self.dtype), start)
+        k, v, q = (x.to(self.dtype).to(self.device) for x in (k, v, q))
+        return Sequence(k, v, q, start)
 
     def pages(self, num_pages: int) -> LayerPages:
-        pages = LayerPages.empty(self.spec, num_pages, self.page_size, self.h_kv, self.d)
+        pages = LayerPages.empty(self.spec, num_pages, self.page_size, self.h_kv, self.d, self.device)
         pages.k.set_params(self.params[0])
         pages.v.set_params(self.params[1])
         return poisoned(pages)
 
     def capacity(self, **changes: int) -> Capacity:
-        base = Capacity(8, 256, 4096, 16384, self.h_kv * self.group, self.h_kv, self.d, self.page_size, num_workers=8)
+        """Room for the batches of the tests; tiles are the device's own, the workers few, so that short batches split."""
+        heads = self.h_kv * self.group, self.h_kv, self.d
+        tile_rows = TILE_ROWS[torch.device(self.device).type]
+        base = Capacity(8, 256, 4096, 16384, *heads, self.page_size, num_workers=8, tile_rows=tile_rows)
         return replace(base, **changes)
 
 
@@ -180,7 +188,7 @@ class Batch:
 
     def slots(self, b: int) -> Tensor:
         """Slots int64 `[seq_len]` of sequence `b`."""
-        position = torch.arange(int(self.seq_lens[b]))
+        position = torch.arange(int(self.seq_lens[b]), device=self.block_table.device)
         size = self.source.page_size
         return self.block_table[b].long()[position // size] * size + position % size
 
@@ -189,7 +197,7 @@ class Batch:
 
     def plan(self, window_left: int = -1, **changes: int) -> Plan:
         """A plan updated for this batch; `changes` go to the capacity. Buffers start poisoned."""
-        plan = Plan(self.source.capacity(**changes), window_left)
+        plan = Plan(self.source.capacity(**changes), window_left, self.source.device)
         plan.buffer.fill_(-1)
         plan.workspace.fill_(float("nan"))
         plan.update(self.seq_lens, self.cu_seqlens_q, self.seq_starts)
@@ -198,7 +206,7 @@ class Batch:
     def attend(self, plan: Plan | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """Output and LSE of the op; `options` as of `ops.append_attention`."""
         plan = self.plan(options.get("window_size", (-1, -1))[0]) if plan is None else plan
-        out = torch.full(self.q.shape, float("nan"), dtype=self.q.dtype)
+        out = torch.full(self.q.shape, float("nan"), dtype=self.q.dtype, device=self.q.device)
         tensors = (self.block_table, self.seq_lens, self.cu_seqlens_q)
         return ops.append_attention(
             self.pages, self.q, *tensors, plan, seq_starts=self.seq_starts, out=out, return_lse=True, **options
@@ -217,7 +225,8 @@ class Batch:
 
     def unquantised(self, **options: Any) -> tuple[Tensor, Tensor]:
         """fp64 attention over the rows as they were before they were stored."""
-        out, lse = torch.zeros(self.q.shape).double(), torch.full(self.q.shape[:2], -torch.inf).double()
+        out = torch.zeros_like(self.q, dtype=torch.float64)
+        lse = torch.full_like(out[..., 0], -torch.inf)
         for b, one in enumerate(self.sequences):
             if len(one.q):
                 rows, keys = self.rows(b), (one.k.double(), one.v.double())
@@ -229,20 +238,20 @@ class Batch:
 
 def make_batch(source: Source, sequences: list[Sequence], *, spare_pages: int = 3, spare_rows: int = 0) -> Batch:
     """Append every sequence into shuffled pages of a poisoned pool. spare_rows: rows of q that no sequence owns."""
-    size = source.page_size
+    size, device = source.page_size, source.device
     counts = [-(-len(one.k) // size) for one in sequences]
     pages = source.pages(sum(counts) + spare_pages)
     order = torch.randperm(pages.num_pages).int()
     table = torch.full((len(sequences), max([*counts, 0]) + 2), WILD_PAGE, dtype=torch.int32)
     for b, ids in enumerate(order[: sum(counts)].split(counts) if counts else ()):
         table[b, : len(ids)] = ids
-    starts = int32(*(one.start for one in sequences)) if any(one.start for one in sequences) else None
+    starts = int32(*(one.start for one in sequences), device=device) if any(one.start for one in sequences) else None
     lengths = [len(one.q) for one in sequences]
-    bounds = int32(0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist())
+    bounds = int32(0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist(), device=device)
     queries = [one.q for one in sequences] + [source.sequence(0, spare_rows).q]
+    seq_lens = int32(*(len(one.k) for one in sequences), device=device)
     batch = Batch(
-        source, sequences, pages, table, int32(*(len(one.k) for one in sequences)), bounds, starts,
-        strided(torch.cat(queries)),
+        source, sequences, pages, table.to(device), seq_lens, bounds, starts, strided(torch.cat(queries))
     )  # fmt: skip
     for b, one in enumerate(sequences):
         ops.append_kv(pages, strided(one.k), strided(one.v), batch.slots(b))

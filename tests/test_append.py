@@ -186,3 +186,27 @@ def test_numbers_that_are_not_finite(name: str) -> None:
     assert all(torch.isfinite(reference.read(part, 16, table, 8)).all() for part in (pages.k, pages.v))
     ops.append_kv(pages, k[6:8], v[6:8], slots[6:8], nonfinite=nonfinite)
     assert nonfinite.item() == 100 + 3 + 2 * 64 + 64 + 1
+
+
+def test_no_tokens_may_have_any_strides() -> None:
+    source = Source(SPECS["c8d"])
+    pages = source.pages(4)
+    before = twin(pages)
+    empty = torch.empty(0, *pages.k.params.shape[:0:-1]).transpose(1, 2)
+    assert empty.shape[1:] == pages.k.params.shape[1:] and empty.stride(-1) != 1
+    ops.append_kv(pages, empty, empty, torch.empty(0, dtype=torch.int64))
+    assert same_bytes(pages, before)
+
+
+def test_the_sign_of_a_zero_does_not_matter() -> None:
+    """The least element of a row may be +0 and -0 at once: the stored zero point must not tell which came first."""
+    k = rows(8, 2, 48).abs()
+    k[:, :, ::3], k[:, :, 1::3] = 0.0, -0.0
+    fmt = FORMATS["int4.token.asym"]
+    mine = make(KVSpec(fmt, fmt), k, k, 16)
+    flipped, want = twin(mine), twin(mine)
+    slots = shuffled_slots(8, mine)
+    ops.append_kv(mine, k, k, slots)
+    ops.append_kv(flipped, torch.where(k == 0, -k, k), k.abs(), slots)
+    reference.append_kv(want, k, k, slots)
+    assert same_bytes(mine, flipped) and same_bytes(mine, want)

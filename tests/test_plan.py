@@ -3,56 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from ops_helpers import int32
+from plan_helpers import Step, bounds, planned
+from plan_strategies import steps
 
 from quant import backend
-from quant.plan import CHUNK_SIZE, ENTRY, HEADER, Capacity, Plan, reference_plan
+from quant.plan import CHUNK_SIZE, HEADER, Capacity, Plan, reference_plan
 
 compiled = pytest.mark.skipif(not backend.has_kernels("cpu"), reason="the extension is not built")
-WORKERS = st.sampled_from([1, 2, 3, 8, 17, 132])
-
-
-@st.composite
-def steps(draw: st.DrawFn) -> tuple[Capacity, list[int], list[int], list[int] | None, int]:
-    """A capacity, and a batch within it: lengths, query lengths, starts, window."""
-    batch = draw(st.integers(0, 6))
-    lengths = draw(st.lists(st.integers(0, 20 * CHUNK_SIZE), min_size=batch, max_size=batch))
-    q_lens = draw(st.lists(st.one_of(st.integers(0, 3), st.integers(0, 60)), min_size=batch, max_size=batch))
-    q_lens = [min(q_len, length + 2) for q_len, length in zip(q_lens, lengths, strict=True)]
-    starts = draw(st.one_of(st.none(), st.lists(st.integers(-3, 3000), min_size=batch, max_size=batch)))
-    window = draw(st.one_of(st.just(-1), st.integers(0, 2000)))
-    h_kv, group = draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([1, 2, 4, 7, 8, 16, 20]))
-    total = draw(st.one_of(st.just(max(1, sum(lengths))), st.integers(1, 3000)))  # honest, or too small to split all
-    capacity = Capacity(
-        max(1, batch), max(1, sum(q_lens)), 20 * CHUNK_SIZE, total, h_kv * group, h_kv, 64, 16, draw(WORKERS)
-    )
-    return capacity, lengths, q_lens, starts, window
-
-
-def bounds(q_lens: list[int]) -> list[int]:
-    return [sum(q_lens[:i]) for i in range(len(q_lens) + 1)]
-
-
-def planned(
-    capacity: Capacity, lengths: list[int], q_lens: list[int], starts: list[int] | None, window: int
-) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """Header, items and merges that the op wrote; everything else in the buffer must be as it was."""
-    plan = Plan(capacity, window)
-    plan.buffer.fill_(-77)
-    plan.update(int32(*lengths), int32(*bounds(q_lens)), None if starts is None else int32(*starts))
-    numbers = plan.buffer.tolist()
-    header = numbers[:HEADER]
-    num_items, num_merges, _, merge_at = header[:4]
-    untouched = numbers[HEADER + ENTRY * num_items : merge_at] + numbers[merge_at + ENTRY * num_merges :]
-    assert set(untouched) <= {-77}
-    entries = [numbers[at : at + ENTRY] for at in range(HEADER, HEADER + ENTRY * num_items, ENTRY)]
-    merges = [numbers[at : at + ENTRY] for at in range(merge_at, merge_at + ENTRY * num_merges, ENTRY)]
-    return header, entries, merges
 
 
 def seen_chunks(length: int, q_len: int, query: int, start: int, window: int) -> range:
@@ -64,9 +27,9 @@ def seen_chunks(length: int, q_len: int, query: int, start: int, window: int) ->
 
 @given(steps())
 @settings(max_examples=200, deadline=None)
-def test_the_op_gives_the_definition(step: tuple[Capacity, list[int], list[int], list[int] | None, int]) -> None:
+def test_the_op_gives_the_definition(step: Step) -> None:
     capacity, lengths, q_lens, starts, window = step
-    header, items, merges = planned(*step)
+    header, items, merges = planned(step)
     want_items, want_merges, want_header = reference_plan(lengths, bounds(q_lens), starts, capacity.limits, window)
     assert header == want_header
     assert items == want_items
@@ -75,11 +38,9 @@ def test_the_op_gives_the_definition(step: tuple[Capacity, list[int], list[int],
 
 @given(steps())
 @settings(max_examples=200, deadline=None)
-def test_every_visible_chunk_once_and_within_bounds(
-    step: tuple[Capacity, list[int], list[int], list[int] | None, int],
-) -> None:
+def test_every_visible_chunk_once_and_within_bounds(step: Step) -> None:
     capacity, lengths, q_lens, starts, window = step
-    header, items, merges = planned(*step)
+    header, items, merges = planned(step)
     covered = Counter(
         (item[0], item[1] + i, chunk) for item in items for i in range(item[2]) for chunk in range(*item[3:5])
     )
@@ -112,9 +73,7 @@ def test_every_visible_chunk_once_and_within_bounds(
 
 @given(steps())
 @settings(max_examples=50, deadline=None)
-def test_a_capacity_that_holds_the_batch_never_refuses_to_split(
-    step: tuple[Capacity, list[int], list[int], list[int] | None, int],
-) -> None:
+def test_a_capacity_that_holds_the_batch_never_refuses_to_split(step: Step) -> None:
     """The stated bound of the workspace is enough when queries are few: one tile a sequence."""
     capacity, lengths, q_lens, starts, window = step
     q_lens = [min(q_len, capacity.tile_q, 1) for q_len in q_lens]
@@ -122,20 +81,35 @@ def test_a_capacity_that_holds_the_batch_never_refuses_to_split(
     roomy = Capacity(
         max(1, len(lengths)), max(1, sum(q_lens)), 20 * CHUNK_SIZE, total, capacity.h_q, capacity.h_kv, 64, 16, 132
     )
-    _, items, _ = planned(roomy, lengths, q_lens, starts, window)
+    _, items, _ = planned(Step(roomy, lengths, q_lens, starts, window))
     units = [max(1, item[4] - item[3]) for item in items]
     share = max(1, -(-sum(units) // roomy.num_workers))
     assert all(unit <= share for unit in units)  # nobody is left with more than a share
 
 
+@given(steps())
+@settings(max_examples=100, deadline=None)
+def test_workers_have_equal_shares(step: Step) -> None:
+    """Every item has one worker, in order, and no worker has more than a share unless one uncut item fills it."""
+    capacity = step[0]
+    header, items, _ = planned(step)
+    first, share = header[HEADER:], header[10]
+    assert first[0] == 0 and first[-1] == len(items) and first == sorted(first)
+    for begin, end in pairwise(first):
+        sizes = [max(1, item[4] - item[3]) for item in items[begin:end]]
+        uncut = [item for item in items[begin:end] if item[5] < 0]
+        assert sum(sizes) <= share or uncut or not sizes
+        assert sum(sizes[:-1]) < share
+    assert capacity.num_workers * share >= header[5]
+
+
 def test_chunk_borders_do_not_depend_on_the_batch() -> None:
     """Cuts fall on multiples of the chunk, wherever the sequence stands and whoever stands beside it."""
-    alone = planned(Capacity(8, 64, 8192, 65536, 8, 2, 64, 16, 8), [5000], [1], None, -1)[1]
+    capacity = Capacity(8, 64, 8192, 65536, 8, 2, 64, 16, 8)
+    alone = planned(Step(capacity, [5000], [1]))[1]
     assert [item[3:5] for item in alone] == [[i, min(i + 3, 20)] for i in range(0, 20, 3)]
     for mates in ([1], [5000, 5000, 30], [8000]):
-        items = planned(
-            Capacity(8, 64, 8192, 65536, 8, 2, 64, 16, 8), [*mates, 5000], [1] * len(mates) + [1], None, -1
-        )[1]
+        items = planned(Step(capacity, [*mates, 5000], [1] * len(mates) + [1]))[1]
         mine = [item for item in items if item[0] == len(mates)]
         assert [item[3] for item in mine] == [0] + [item[4] for item in mine[:-1]]
         assert mine[-1][4] == 20
@@ -143,9 +117,9 @@ def test_chunk_borders_do_not_depend_on_the_batch() -> None:
 
 def test_short_batches_write_no_partials_and_one_long_sequence_fills_the_workers() -> None:
     capacity = Capacity(256, 256, 65536, 65536, 8, 2, 64, 16, 16)
-    header, items, merges = planned(capacity, [200] * 256, [1] * 256, None, -1)
+    header, items, merges = planned(Step(capacity, [200] * 256, [1] * 256))
     assert (header[2], merges, len(items)) == (0, [], 256)
-    header, items, merges = planned(capacity, [65536], [1], None, -1)
+    header, items, merges = planned(Step(capacity, [65536], [1]))
     assert len(items) == 16 and len(merges) == 1
     assert {item[4] - item[3] for item in items} == {16}
 
@@ -157,7 +131,7 @@ def test_sizes_are_functions_of_the_capacity(h_q: int, h_kv: int, tile: int) -> 
     capacity = Capacity(32, 96, 131072, 40000, h_q, h_kv, 128, 64, num_workers=10)
     assert capacity.tile_q == tile
     assert capacity.max_tiles == 96 // tile + 32
-    assert capacity.plan_ints == 8 + 8 * (2 * capacity.max_tiles + 10)
+    assert capacity.plan_ints == 12 + 12 + 12 * (2 * capacity.max_tiles + 10)
     assert capacity.max_partials == 157 + min(96, 32 * tile)
     assert capacity.workspace_floats == capacity.max_partials * h_q * 130
     plan = Plan(capacity)

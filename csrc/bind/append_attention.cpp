@@ -1,7 +1,14 @@
-// foldkv::append_attention and foldkv::merge: see quant/ops.py for the meaning of the arguments.
+// foldkv::append_attention: see quant/ops.py for the meaning of the arguments.
+#include <utility>
+
 #include "bind/cache_args.h"
 #include "bind/cpu_threads.h"
 #include "core/schedule.h"
+
+#ifdef FOLDKV_HAS_CUDA
+#include "bind/stream.h"
+#include "cuda/launch.h"
+#endif
 
 namespace foldkv::bind {
 namespace {
@@ -47,15 +54,17 @@ void check_batch(const AttendParams& p, int64_t num_pages, int64_t max_pages) {
 // The work list must be one that was made for this batch: every tile, and every chunk that it sees, once and in order.
 void check_plan(const AttendParams& p, int64_t plan_ints) {
   const int64_t items = p.plan[kNumItems], merges = p.plan[kNumMerges], merge_at = p.plan[kMergeAt];
+  const int64_t item_at = p.plan[kItemAt];
   const int tile_q = p.plan[kPlanTile];
   const bool fits = p.plan[kPlanChunk] == kChunkSize && tile_q >= 1 && items >= 0 && merges >= 0 &&
-                    kPlanHeader + items * kPlanEntry <= merge_at && merge_at + merges * kPlanEntry <= plan_ints;
+                    item_at >= kPlanHeader && item_at + items * kPlanEntry <= merge_at &&
+                    merge_at + merges * kPlanEntry <= plan_ints;
   if (!fits) fail("plan: expected a work list, got a buffer that holds none; call Plan.update first");
   if (p.plan[kNumPartials] > p.max_partials) {
     fail("workspace: expected room for ", p.plan[kNumPartials], " partials, got ", p.max_partials,
          "; use the workspace of the Plan that was updated");
   }
-  const auto* item = reinterpret_cast<const WorkItem*>(p.plan + kPlanHeader);
+  const auto* item = reinterpret_cast<const WorkItem*>(p.plan + item_at);
   const auto* last = item + items;
   for (int b = 0; b < p.batch; ++b) {
     const int q_len = p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b];
@@ -77,88 +86,110 @@ void check_plan(const AttendParams& p, int64_t plan_ints) {
   if (item != last) fail_stale();
 }
 
-void append_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_meta,
-                          const Tensor& v_meta, const Tensor& k_params, const Tensor& v_params,
-                          const Tensor& block_table, const Tensor& seq_lens, const Tensor& cu_seqlens_q,
-                          const OptionalTensor& seq_starts, const Tensor& plan, const Tensor& workspace,
-                          const Tensor& out, const OptionalTensor& lse, const OptionalTensor& sinks,
-                          double softmax_scale, int64_t window_left, double softcap, int64_t k_format, int64_t v_format,
-                          int64_t page_size) {
-  check_cpu();
-  const CacheShape shape = cache_shape(k_cache, k_params, page_size);
+struct AttendTensors {
+  const Tensor &q, &k_cache, &v_cache, &k_meta, &v_meta, &k_params, &v_params, &block_table, &seq_lens, &cu_seqlens_q;
+  const OptionalTensor& seq_starts;
+  const Tensor &plan, &workspace, &out;
+  const OptionalTensor &lse, &sinks;
+};
+
+AttendParams attend_params(const AttendTensors& t, double softmax_scale, int64_t window_left, double softcap,
+                           int64_t k_format, int64_t v_format, int64_t page_size) {
+  const CacheShape shape = cache_shape(t.k_cache, t.k_params, page_size);
   AttendParams p{};
   p.h_kv = shape.h_kv, p.d = shape.d, p.page_size = shape.page_size;
-  p.k_cache = as_cache(k_cache, k_meta, k_params, k_format, shape, true);
-  p.v_cache = as_cache(v_cache, v_meta, v_params, v_format, shape, false);
-  check_shape(q, "q", {kAny, kAny, shape.d}, "tokens, h_q, d");
-  p.num_rows = to_int("tokens", q.size(0));
-  p.h_q = to_int("h_q", q.size(1));
+  p.k_cache = as_cache(t.k_cache, t.k_meta, t.k_params, k_format, shape, true);
+  p.v_cache = as_cache(t.v_cache, t.v_meta, t.v_params, v_format, shape, false);
+  p.max_page = static_cast<uint32_t>(to_int("num_pages", shape.num_pages > 0 ? shape.num_pages - 1 : 0));
+  check_shape(t.q, "q", {kAny, kAny, shape.d}, "tokens, h_q, d");
+  p.num_rows = to_int("tokens", t.q.size(0));
+  p.h_q = to_int("h_q", t.q.size(1));
   if (p.h_q == 0 || p.h_q % p.h_kv != 0) {
     fail("q: expected a number of heads that the ", p.h_kv, " kv heads divide, got ", p.h_q);
   }
-  p.q = as_rows(q, "q");
-  check_tensor(out, "out", q.scalar_type(), {p.num_rows, p.h_q, p.d}, "as q");
-  p.out = out.mutable_data_ptr();
-  if (lse.has_value()) {
-    check_tensor(*lse, "lse", ScalarType::Float, {p.num_rows, p.h_q}, "tokens, h_q");
-    p.lse = static_cast<float*>(lse->mutable_data_ptr());
+  p.q = as_rows(t.q, "q");
+  check_tensor(t.out, "out", t.q.scalar_type(), {p.num_rows, p.h_q, p.d}, "as q");
+  p.out = t.out.mutable_data_ptr();
+  if (t.lse.has_value()) {
+    check_tensor(*t.lse, "lse", ScalarType::Float, {p.num_rows, p.h_q}, "tokens, h_q");
+    p.lse = static_cast<float*>(t.lse->mutable_data_ptr());
   }
-  if (sinks.has_value()) check_tensor(*sinks, "sinks", ScalarType::Float, {p.h_q}, "h_q");
-  p.sinks = data_or_null<float>(sinks);
-  check_dtype(block_table, "block_table", ScalarType::Int);
-  check_shape(block_table, "block_table", {kAny, kAny}, "batch, max_pages");
-  check_rows(block_table, "block_table");
-  p.batch = to_int("batch", block_table.size(0));
-  check_tensor(seq_lens, "seq_lens", ScalarType::Int, {p.batch}, "batch");
-  check_tensor(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, {int64_t{p.batch} + 1}, "batch + 1");
-  if (seq_starts.has_value()) check_tensor(*seq_starts, "seq_starts", ScalarType::Int, {p.batch}, "batch");
-  p.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
-  p.table_stride = block_table.stride(0);
-  p.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
-  p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
-  p.seq_starts = data_or_null<int32_t>(seq_starts);
-  check_tensor(plan, "plan", ScalarType::Int, {kAny}, "Capacity.plan_ints");
-  check(plan.size(0) >= kPlanHeader, "plan: expected at least ", kPlanHeader, " numbers, got ", plan.size(0));
-  check_tensor(workspace, "workspace", ScalarType::Float, {kAny}, "Capacity.workspace_floats");
-  p.plan = static_cast<const int32_t*>(plan.const_data_ptr());
-  p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
-  p.max_partials = workspace.size(0) / partial_floats(p.h_q, p.d);
+  if (t.sinks.has_value()) check_tensor(*t.sinks, "sinks", ScalarType::Float, {p.h_q}, "h_q");
+  p.sinks = data_or_null<float>(t.sinks);
+  check_dtype(t.block_table, "block_table", ScalarType::Int);
+  check_shape(t.block_table, "block_table", {kAny, kAny}, "batch, max_pages");
+  check_rows(t.block_table, "block_table");
+  p.batch = to_int("batch", t.block_table.size(0));
+  check_tensor(t.seq_lens, "seq_lens", ScalarType::Int, {p.batch}, "batch");
+  check_tensor(t.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, {int64_t{p.batch} + 1}, "batch + 1");
+  if (t.seq_starts.has_value()) check_tensor(*t.seq_starts, "seq_starts", ScalarType::Int, {p.batch}, "batch");
+  p.block_table = static_cast<const int32_t*>(t.block_table.const_data_ptr());
+  p.table_stride = t.block_table.stride(0);
+  p.seq_lens = static_cast<const int32_t*>(t.seq_lens.const_data_ptr());
+  p.cu_seqlens_q = static_cast<const int32_t*>(t.cu_seqlens_q.const_data_ptr());
+  p.seq_starts = data_or_null<int32_t>(t.seq_starts);
+  check_tensor(t.plan, "plan", ScalarType::Int, {kAny}, "Capacity.plan_ints");
+  check(t.plan.size(0) >= kPlanHeader, "plan: expected at least ", kPlanHeader, " numbers, got ", t.plan.size(0));
+  check_tensor(t.workspace, "workspace", ScalarType::Float, {kAny}, "Capacity.workspace_floats");
+  p.plan = static_cast<const int32_t*>(t.plan.const_data_ptr());
+  p.workspace = static_cast<float*>(t.workspace.mutable_data_ptr());
+  p.max_partials = t.workspace.size(0) / partial_floats(p.h_q, p.d);
   check(softcap >= 0.0, "softcap: expected a number >= 0, got ", softcap);
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.softcap = static_cast<float>(softcap);
   p.window_left = window_left < 0 ? -1 : to_int("window_left", window_left);
-  check_batch(p, shape.num_pages, block_table.size(1));
+  return p;
+}
+
+#define FOLDKV_ATTENTION_ARGUMENTS                                                                                     \
+  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &k_meta, const Tensor &v_meta,           \
+      const Tensor &k_params, const Tensor &v_params, const Tensor &block_table, const Tensor &seq_lens,               \
+      const Tensor &cu_seqlens_q, const OptionalTensor &seq_starts, const Tensor &plan, const Tensor &workspace,       \
+      const Tensor &out, const OptionalTensor &lse, const OptionalTensor &sinks, double softmax_scale,                 \
+      int64_t window_left, double softcap, int64_t k_format, int64_t v_format, int64_t page_size
+#define FOLDKV_ATTENTION_TENSORS                                                                                       \
+  {                                                                                                                    \
+    q, k_cache, v_cache, k_meta, v_meta, k_params, v_params, block_table, seq_lens, cu_seqlens_q, seq_starts, plan,    \
+        workspace, out, lse, sinks                                                                                     \
+  }
+
+void append_attention_cpu(FOLDKV_ATTENTION_ARGUMENTS) {
+  check_cpu();
+  const AttendParams p =
+      attend_params(FOLDKV_ATTENTION_TENSORS, softmax_scale, window_left, softcap, k_format, v_format, page_size);
+  check_batch(p, k_cache.size(0), block_table.size(1));
   check_plan(p, plan.size(0));
   cpu::append_attention(p, cpu_parallel);
 }
 
-void merge_cpu(const Tensor& o, const Tensor& lse, const Tensor& out, const Tensor& out_lse) {
-  check_cpu();
-  check_shape(o, "o", {kAny, kAny, kAny, kAny}, "parts, tokens, h, d");
-  check_contiguous(o, "o");
-  const int64_t d = o.size(3);
-  check(d % 16 == 0 && d >= 16 && d <= kMaxHeadDim, "o: expected a head_dim that is a multiple of 16 up to ",
-        kMaxHeadDim, ", got ", d);
-  check_tensor(lse, "lse", ScalarType::Float, {o.size(0), o.size(1), o.size(2)}, "parts, tokens, h");
-  check_tensor(out, "out", o.scalar_type(), {o.size(1), o.size(2), d}, "tokens, h, d");
-  check_tensor(out_lse, "out_lse", ScalarType::Float, {o.size(1), o.size(2)}, "tokens, h");
-  MergeParams p{};
-  p.o = o.const_data_ptr();
-  p.lse = static_cast<const float*>(lse.const_data_ptr());
-  p.out = out.mutable_data_ptr();
-  p.out_lse = static_cast<float*>(out_lse.mutable_data_ptr());
-  p.dtype = row_dtype(o, "o");
-  p.parts = o.size(0);
-  p.rows = o.size(1) * o.size(2);
-  p.d = d;
-  cpu::merge(p, cpu_parallel);
+#ifdef FOLDKV_HAS_CUDA
+void append_attention_cuda(FOLDKV_ATTENTION_ARGUMENTS) {
+  const AttendParams p =
+      attend_params(FOLDKV_ATTENTION_TENSORS, softmax_scale, window_left, softcap, k_format, v_format, page_size);
+  const std::pair<const Tensor&, const char*> tensors[] = {
+      {k_cache, "k_cache"},   {v_cache, "v_cache"},         {k_meta, "k_meta"},     {v_meta, "v_meta"},
+      {k_params, "k_params"}, {v_params, "v_params"},       {plan, "plan"},         {workspace, "workspace"},
+      {out, "out"},           {block_table, "block_table"}, {seq_lens, "seq_lens"}, {cu_seqlens_q, "cu_seqlens_q"}};
+  for (const auto& [tensor, name] : tensors) check_same_device(tensor, name, q, "q");
+  const std::pair<const OptionalTensor&, const char*> optional[] = {
+      {seq_starts, "seq_starts"}, {lse, "lse"}, {sinks, "sinks"}};
+  for (const auto& [tensor, name] : optional) {
+    if (tensor.has_value()) check_same_device(*tensor, name, q, "q");
+  }
+  for (int i = 0; i < 8; ++i) check_aligned(tensors[i].first, tensors[i].second);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  check_cuda("append_attention", foldkv_cuda_append_attention(&p, current_cuda_stream(q.get_device_index())));
 }
+#endif
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(foldkv, CPU, m) {
   m.impl("append_attention", TORCH_BOX(&append_attention_cpu));
-  m.impl("merge", TORCH_BOX(&merge_cpu));
 }
+
+#ifdef FOLDKV_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(foldkv, CUDA, m) { m.impl("append_attention", TORCH_BOX(&append_attention_cuda)); }
+#endif
 
 }  // namespace foldkv::bind

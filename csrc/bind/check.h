@@ -99,10 +99,10 @@ inline void check_contiguous(const Tensor& tensor, const char* name) {
        sizes_text(tensor.strides()), "; call .contiguous() and keep the result");
 }
 
-// The last dimension lies without gaps; the others may be strided.
+// The last dimension lies without gaps; the others may be strided. An empty tensor has nothing to lie anywhere.
 inline void check_rows(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
-  if (last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1) return;
+  if (last < 0 || tensor.numel() == 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1) return;
   fail(name, ": expected a contiguous last dimension, got shape ", shape_text(tensor), " with strides ",
        sizes_text(tensor.strides()), "; call .contiguous()");
 }
@@ -115,6 +115,12 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
   if (same_device(tensor, like)) return;
   fail(name, ": expected ", device_text(like), " as ", like_name, ", got ", device_text(tensor),
        "; move one with .to()");
+}
+
+// What 16-byte loads and stores on a GPU need.
+inline void check_aligned(const Tensor& tensor, const char* name) {
+  if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0) return;
+  fail(name, ": expected 16-byte aligned data, got a view that starts between; allocate it on its own");
 }
 
 // dtype, shape and contiguity in one line.

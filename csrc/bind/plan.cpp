@@ -3,9 +3,15 @@
 #include "bind/cpu_threads.h"
 #include "core/schedule.h"
 
+#ifdef FOLDKV_HAS_CUDA
+#include "bind/stream.h"
+#include "cuda/launch.h"
+#endif
+
 namespace foldkv::bind {
 namespace {
 
+// What only a device whose lengths the host can read is able to check.
 void check_lengths(const PlanParams& p) {
   if (p.cu_seqlens_q[0] != 0) fail("cu_seqlens_q: expected 0 first, got ", p.cu_seqlens_q[0]);
   for (int b = 0; b < p.batch; ++b) {
@@ -17,17 +23,19 @@ void check_lengths(const PlanParams& p) {
   }
 }
 
-void plan_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const OptionalTensor& seq_starts, const Tensor& plan,
-              int64_t window_left, int64_t chunk_size, int64_t tile_q, int64_t num_workers, int64_t max_items,
-              int64_t max_tiles, int64_t max_partials) {
+PlanParams plan_params(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const OptionalTensor& seq_starts,
+                       const Tensor& plan, int64_t window_left, int64_t chunk_size, int64_t tile_q, int64_t num_workers,
+                       int64_t max_items, int64_t max_tiles, int64_t max_partials) {
   check_tensor(seq_lens, "seq_lens", ScalarType::Int, {kAny}, "batch");
   check_tensor(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int, {seq_lens.size(0) + 1}, "batch + 1");
   if (seq_starts.has_value()) check_tensor(*seq_starts, "seq_starts", ScalarType::Int, {seq_lens.size(0)}, "batch");
   check(chunk_size == kChunkSize, "chunk_size: expected ", kChunkSize, ", got ", chunk_size);
-  check(tile_q >= 1 && num_workers >= 1 && max_tiles >= 0 && max_items >= max_tiles + num_workers && max_partials >= 0,
+  check(tile_q >= 1 && num_workers >= 1 && num_workers <= kMaxWorkers && max_tiles >= 0 &&
+            max_items >= max_tiles + num_workers && max_partials >= 0,
         "plan limits: expected those of a quant.plan.Capacity, got tile_q ", tile_q, ", num_workers ", num_workers,
         ", max_items ", max_items, ", max_tiles ", max_tiles, ", max_partials ", max_partials);
-  check_tensor(plan, "plan", ScalarType::Int, {kPlanHeader + kPlanEntry * (max_items + max_tiles)},
+  check_tensor(plan, "plan", ScalarType::Int,
+               {plan_item_at(static_cast<int>(num_workers)) + kPlanEntry * (max_items + max_tiles)},
                "Capacity.plan_ints");
   PlanParams p{};
   p.seq_lens = static_cast<const int32_t*>(seq_lens.const_data_ptr());
@@ -42,6 +50,14 @@ void plan_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const Optional
   p.max_items = to_int("max_items", max_items);
   p.max_tiles = to_int("max_tiles", max_tiles);
   p.max_partials = max_partials;
+  return p;
+}
+
+void plan_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const OptionalTensor& seq_starts, const Tensor& plan,
+              int64_t window_left, int64_t chunk_size, int64_t tile_q, int64_t num_workers, int64_t max_items,
+              int64_t max_tiles, int64_t max_partials) {
+  const PlanParams p = plan_params(seq_lens, cu_seqlens_q, seq_starts, plan, window_left, chunk_size, tile_q,
+                                   num_workers, max_items, max_tiles, max_partials);
   check_lengths(p);
   if (!cpu::plan(p)) {
     fail("plan: expected at most ", max_tiles, " query tiles of ", tile_q,
@@ -50,8 +66,27 @@ void plan_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const Optional
   }
 }
 
+#ifdef FOLDKV_HAS_CUDA
+void plan_cuda(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const OptionalTensor& seq_starts, const Tensor& plan,
+               int64_t window_left, int64_t chunk_size, int64_t tile_q, int64_t num_workers, int64_t max_items,
+               int64_t max_tiles, int64_t max_partials) {
+  const PlanParams p = plan_params(seq_lens, cu_seqlens_q, seq_starts, plan, window_left, chunk_size, tile_q,
+                                   num_workers, max_items, max_tiles, max_partials);
+  check_same_device(seq_lens, "seq_lens", plan, "plan");
+  check_same_device(cu_seqlens_q, "cu_seqlens_q", plan, "plan");
+  if (seq_starts.has_value()) check_same_device(*seq_starts, "seq_starts", plan, "plan");
+  check_aligned(plan, "plan");
+  const torch::stable::accelerator::DeviceGuard guard(plan.get_device_index());
+  check_cuda("plan", foldkv_cuda_plan(&p, current_cuda_stream(plan.get_device_index())));
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(foldkv, CPU, m) { m.impl("plan", TORCH_BOX(&plan_cpu)); }
+
+#ifdef FOLDKV_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(foldkv, CUDA, m) { m.impl("plan", TORCH_BOX(&plan_cuda)); }
+#endif
 
 }  // namespace foldkv::bind

@@ -30,6 +30,8 @@ struct AppendParams {
   const float* sin;         // same
   const int64_t* positions; // [num_tokens]; with cos
   int64_t* nonfinite;       // [1], nullable: elements met that are NaN or infinite
+  int64_t num_pages;        // of the pools; the device skips slots past them
+  int64_t max_pos;          // rows of cos and sin; the device skips rows with other positions
   int num_tokens, h_kv, d, page_size, rot_half;
   bool interleaved;
 };
@@ -58,6 +60,7 @@ struct AttendParams {
   float softmax_scale, softcap;
   int batch, num_rows, h_q, h_kv, d, page_size, window_left;
   int64_t table_stride, max_partials;
+  uint32_t max_page;            // the last page of the pools
 };
 
 struct MergeParams {

@@ -8,20 +8,32 @@ namespace foldkv {
 
 constexpr int kChunkSize = 256;  // tokens; 255 * 32767 * 256 < 2^31 keeps a chunk's integer sums exact
 
-// The plan buffer: int32 header, then items, then merges, each kPlanEntry wide.
-constexpr int kPlanHeader = 8;
-constexpr int kPlanEntry = 8;
-enum PlanHeaderField { kNumItems, kNumMerges, kNumPartials, kMergeAt, kStatus, kUnits, kPlanChunk, kPlanTile };
+// The plan buffer, int32: header; first item of each worker [num_workers + 1]; items; merges. Parts start at multiples
+// of 4 numbers, so that the device reads entries 16 bytes at a time.
+constexpr int kPlanHeader = 12;
+constexpr int kPlanEntry = 12;
+constexpr int kMaxWorkers = 4096;
+enum PlanHeaderField {
+  kNumItems, kNumMerges, kNumPartials, kMergeAt, kStatus, kUnits, kPlanChunk, kPlanTile, kItemAt, kNumWorkers, kShare
+};
 
-struct WorkItem {
+// kStatus of a plan that could not be made, where the planner cannot throw: no items, and outputs are NaN.
+enum PlanStatus { kPlanOk = 0, kTooManyTiles = 1, kBadLengths = 2 };
+
+// Queries of a tile, and the run of chunks that one worker attends to.
+struct alignas(16) WorkItem {
   int32_t seq, q_begin, q_count, chunk_begin, chunk_end;
   int32_t first_partial;  // -1: the item sees all its tile's chunks and writes the output itself
   int32_t folds;          // starts at the tile's first chunk: one folded partial; otherwise one for each chunk
+  int32_t q_row;          // row of q that holds the tile's first query
+  int32_t position;       // of the tile's first query in its sequence
+  int32_t start;          // keys before it are padding; >= 0
+  int32_t seq_len;
   int32_t unused;
 };
 
-struct MergeItem {
-  int32_t seq, q_begin, q_count, first_partial, parts, unused[3];
+struct alignas(16) MergeItem {
+  int32_t seq, q_begin, q_count, first_partial, parts, q_row, unused[6];
 };
 
 static_assert(sizeof(WorkItem) == kPlanEntry * 4 && sizeof(MergeItem) == kPlanEntry * 4, "plan entries");
@@ -31,6 +43,9 @@ struct ChunkSpan {
 };
 
 FOLDKV_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Where the items start.
+FOLDKV_HD constexpr int plan_item_at(int num_workers) { return kPlanHeader + ceil_div(num_workers + 1, 4) * 4; }
 
 // Chunks that the queries q_begin .. q_begin + q_count - 1 can see; keys before `start` are padding.
 FOLDKV_HD constexpr ChunkSpan tile_chunks(int seq_len, int q_len, int q_begin, int q_count, int start, int window_left,

@@ -30,7 +30,7 @@ inline ScaleZero dynamic_scale(const float* y, int d, int bits, bool stored_zero
     lowest = min(lowest, load(y + c));
     highest = max(highest, load(y + c));
   }
-  const float low = hmin(lowest), high = hmax(highest);
+  const float low = hmin(lowest) + 0.0f, high = hmax(highest);  // a zero is +0, whichever zero of the row came first
   const float absmax = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
   const bool constant = low == high;
   const float mid = static_cast<float>(1 << (bits - 1)), top = static_cast<float>((1 << bits) - 1);

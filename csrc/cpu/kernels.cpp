@@ -42,7 +42,7 @@ void append_kv(const AppendParams& p, Parallel parallel) {
 
 void append_attention(const AttendParams& p, Parallel parallel) {
   const IsaOps& ops = *isa();
-  const auto* items = reinterpret_cast<const WorkItem*>(p.plan + kPlanHeader);
+  const auto* items = reinterpret_cast<const WorkItem*>(p.plan + p.plan[kItemAt]);
   const auto* merges = reinterpret_cast<const MergeItem*>(p.plan + p.plan[kMergeAt]);
   run(parallel, int64_t{p.plan[kNumItems]} * p.h_kv,
       [&](int64_t job) { ops.attend_item(p, ops, items[job / p.h_kv], static_cast<int>(job % p.h_kv)); });

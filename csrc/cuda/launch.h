@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/params.h"
+
 extern "C" {
 
 // What an error code of this interface means.
@@ -15,5 +17,22 @@ const char* foldkv_cuda_error(int code);
 // The grid depends on n and page_bytes alone, so a captured launch serves any ids.
 int foldkv_cuda_copy_pages(void* pool, int64_t num_pages, int64_t page_bytes, const int64_t* src, const int64_t* dst,
                            int64_t n, void* stream);
+
+// Quantises num_tokens new rows of K and V into their slots; the bytes are those of csrc/cpu/append.h. Rows whose slot is
+// negative or past the pools, or whose position has no row in cos, are skipped.
+//   Pools 16-byte aligned. The grid depends on num_tokens, h_kv and d alone, so a captured launch serves any slots.
+int foldkv_cuda_append_kv(const foldkv::AppendParams* params, void* stream);
+
+// Writes the work list of csrc/cpu/plan.cpp. Lengths that cannot be planned give a list without items, and the reason in
+// the header's kStatus. One block, whatever the batch; plan 16-byte aligned.
+int foldkv_cuda_plan(const foldkv::PlanParams* params, void* stream);
+
+// Attention of every query row over its cached keys, by the work list of foldkv_cuda_plan; see csrc/cuda/attend.cuh. A plan
+// that could not be made gives NaN.
+//   Pools, plan and workspace 16-byte aligned. Kernel, grid and shared memory depend on shapes, formats and the device.
+int foldkv_cuda_append_attention(const foldkv::AttendParams* params, void* stream);
+
+// Combines `parts` partial results of each row, in order; an empty part (lse -inf) may hold anything.
+int foldkv_cuda_merge(const foldkv::MergeParams* params, void* stream);
 
 }  // extern "C"

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from foldkv.doctor import cpu_name
-from foldkv.version import __version__
 from quant.errors import ArgumentError, describe
 from quant.spec import MODES, resolve_mode
 
 from .cases import CacheCase, SdpaCase, Shape
+from .result import stamp
 
 # Caches together are at least this large: several times any last-level cache that a benchmark of one sequence meets.
 ROTATION_BYTES = 192 << 20
@@ -116,24 +112,9 @@ def _bench_threads(names: list[str], shape: Shape, count: int, seconds: float) -
         yield result
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
-    try:
-        words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def record(rows: list[Row], ceilings: dict[int, float], shape: Shape, command: str) -> dict[str, Any]:
     """A result as it is kept: rows, read ceilings by thread count, and what produced them."""
-    return {
-        "schema_version": 1,
-        "device": cpu_name(),
-        "versions": {"foldkv": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
+    return stamp(cpu_name(), command) | {
         "shape": asdict(shape),
         "read_ceiling_gb_per_s": {str(threads): rate for threads, rate in ceilings.items()},
         "rows": [asdict(row) for row in rows],

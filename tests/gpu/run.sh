@@ -1,25 +1,19 @@
 #!/usr/bin/env bash
 # GPU tests on a bare machine: its own python3 with PyTorch and pytest, no virtual environment, no network.
-# An extension built from exactly these sources is used as it is (it may have been carried here); else it is built.
 #   tests/gpu/run.sh [pytest arguments]        PYTHON=python3 names the interpreter
+#   FOLDKV_GPU_SANITIZE=1 runs tests/gpu/sanitize.sh too; FOLDKV_GPU_RECORD=FILE writes the outcome as JSON
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-python=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-
-"$python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: expected a CUDA device, got none")'
-
-built_from() {
-  "$python" -c 'import torch, json, quant._C as c; print(json.loads(c.build_info())["sources"])' 2>/dev/null || true
-}
-
-if [[ $(built_from) == "$("$python" tools/source_hash.py)" ]]; then
-  echo "extension: as it is, built from these sources"
-else
-  echo "extension: absent or built from other sources, building"
-  FOLDKV_CUDA=1 "$python" setup.py --quiet build_ext --inplace
-fi
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo "${FOLDKV_COMMIT:-unknown}")
-echo "commit $commit, $(date -u +%Y-%m-%dT%H:%MZ)"
+NAME=test-gpu
+source tools/use_extension.sh
 "$python" -m foldkv doctor
-"$python" -m pytest -m gpu -p no:cacheprovider tests "$@"
+mkdir -p build
+junit=build/gpu-tests.xml status=0
+"$python" -m pytest -m gpu -p no:cacheprovider --junitxml="$junit" tests/gpu "$@" || status=$?
+if [[ ${FOLDKV_GPU_SANITIZE:-0} == 1 ]]; then
+  PYTHON=$python bash tests/gpu/sanitize.sh || status=1
+fi
+if [[ -n ${FOLDKV_GPU_RECORD:-} ]]; then
+  "$python" tests/gpu/record.py "$junit" "$FOLDKV_GPU_RECORD"
+fi
+exit $status

@@ -7,7 +7,9 @@ import torch
 
 from quant import backend, ops
 
-pytestmark = pytest.mark.gpu
+from .helpers import cuda_only
+
+pytestmark = [pytest.mark.gpu, cuda_only]
 
 copy_pages = torch.ops.foldkv.copy_pages
 

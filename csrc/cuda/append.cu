@@ -1,0 +1,488 @@
+// Append on a GPU: RoPE, mean, balance, rotation, quantise, pack and page write in one launch. The definition is
+// quant/reference.py, the bytes are those of csrc/cpu/append.h; so each float operation rounds once, by intrinsics that the
+// compiler does not contract.
+//
+// A row (one token of one head of K or V) lies in G lanes of a warp, V channels in each, so 32 / G rows are in flight at a
+// time and packing needs no exchange. The rows of a warp share the head, and with it params.
+#include <cmath>
+#include <cstdint>
+
+#include "core/params.h"
+#include "cuda/launch.h"
+#include "cuda/rows.cuh"
+
+namespace foldkv::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kMaxPasses = 4;  // row blocks that a block works through where there are many
+constexpr int64_t kManyBlocks = 4096;  // what keeps any GPU full for some rounds
+
+constexpr float kMaxZero = 1024.0f;  // see csrc/cpu/append.h
+constexpr float kMaxDynamic = 0x1p100f;  // same
+constexpr float kMinScale = 0x1p-126f;
+constexpr float kMaxScale = 0x1.fep127f;  // largest bf16
+
+// K or V of a launch.
+struct Side {
+  Rows rows;
+  Cache cache;
+  int bits;
+  bool integer;
+  float top;  // the largest code
+  float steps, inverse;  // what a dynamic range divides into, and 1 / steps
+  bool vectors;  // rows are 16-byte aligned
+};
+
+struct Launch {
+  Side side[2];
+  const int64_t* slots;
+  const int64_t* positions;
+  const float *cos, *sin;  // K only; null: no RoPE
+  int64_t* nonfinite;
+  int64_t num_slots, max_pos;
+  int num_tokens, h_kv, d, page_shift, rot_half;
+  bool interleaved;
+  bool whole_lanes;  // a lane's channels turn alike, and their cos and sin are 16-byte aligned
+  float norm;  // of the rotation: 1 / sqrt(block)
+};
+
+__device__ __forceinline__ float round_up_to_bf16(float x) {
+  x = fminf(fmaxf(x, kMinScale), kMaxScale);
+  return fminf(__uint_as_float((__float_as_uint(x) + 0xffff) & 0xffff0000u), kMaxScale);
+}
+
+template <int G>
+__device__ __forceinline__ float row_max(float x) {
+#pragma unroll
+  for (int step = G / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
+  return x;
+}
+
+// Least and greatest of a row from those of its lanes: even lanes gather the greatest, odd ones the least, then they swap.
+template <int G>
+__device__ __forceinline__ void row_range(float& low, float& high) {
+  const bool odd = threadIdx.x % 2 != 0;
+  float mine = odd ? -low : high;
+  mine = fmaxf(mine, __shfl_xor_sync(kFullWarp, odd ? high : -low, 1));
+#pragma unroll
+  for (int step = G / 2; step > 1; step /= 2) mine = fmaxf(mine, __shfl_xor_sync(kFullWarp, mine, step));
+  const float other = __shfl_xor_sync(kFullWarp, mine, 1);
+  low = -(odd ? mine : other);
+  high = odd ? other : mine;
+}
+
+template <int N>
+__device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const float4 held = __ldg(reinterpret_cast<const float4*>(from) + i);
+    x[4 * i] = held.x, x[4 * i + 1] = held.y, x[4 * i + 2] = held.z, x[4 * i + 3] = held.w;
+  }
+}
+
+// x cos + other sin, the second product negated for the first of a pair.
+__device__ __forceinline__ float turn(float x, float other, float cos, float sin, bool first) {
+  const float product = __fmul_rn(other, sin);
+  return __fadd_rn(__fmul_rn(x, cos), first ? -product : product);
+}
+
+// RoPE of the channels c0 .. c0 + V - 1 of a row; `at` is where the row starts in `rows`, table its row of cos and sin.
+template <int V>
+__device__ __forceinline__ void rope(const Launch& p, const Rows& rows, int64_t at, int64_t table, int c0, int lane,
+                                     bool valid, float (&x)[V]) {
+  const int half = p.rot_half;
+  const bool turns = valid && c0 < 2 * half;
+  if (p.whole_lanes && !p.interleaved) {
+    const bool first = c0 < half;
+    const int partner = c0 >= 2 * half ? lane : first ? lane + half / V : lane - half / V;
+    const int64_t from = table + (first ? c0 : c0 - half);
+#pragma unroll
+    for (int part = 0; part < V; part += 4) {
+      float other[4], cos[4], sin[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) other[i] = __shfl_sync(kFullWarp, x[part + i], partner);
+      if (!turns) continue;
+      load_floats(p.cos + from + part, cos);
+      load_floats(p.sin + from + part, sin);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[part + i] = turn(x[part + i], other[i], cos[i], sin[i], first);
+    }
+  } else if (p.whole_lanes) {
+    if (!turns) return;
+    float cos[V / 2], sin[V / 2];
+    load_floats(p.cos + table + c0 / 2, cos);
+    load_floats(p.sin + table + c0 / 2, sin);
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      const float a = x[i], b = x[i + 1];
+      x[i] = turn(a, b, cos[i / 2], sin[i / 2], true);
+      x[i + 1] = turn(b, a, cos[i / 2], sin[i / 2], false);
+    }
+  } else {
+    if (!turns) return;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const int c = c0 + i;
+      if (c >= 2 * half) break;
+      const bool first = p.interleaved ? c % 2 == 0 : c < half;
+      const int distance = p.interleaved ? 1 : half;
+      const int pair = p.interleaved ? c / 2 : first ? c : c - half;
+      const float other = load_element(rows.data, rows.dtype, at + (first ? c + distance : c - distance));
+      x[i] = turn(x[i], other, __ldg(p.cos + table + pair), __ldg(p.sin + table + pair), first);
+    }
+  }
+}
+
+// NaN becomes 0 and, in dynamic formats, an infinity the row's largest finite magnitude; counts what was met. Rare.
+template <int V, int G>
+__device__ __forceinline__ void repair(float (&x)[V], bool dynamic, bool valid, int64_t* nonfinite) {
+  float bound = 0.0f;
+  unsigned count = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float magnitude = fabsf(x[i]);
+    if (magnitude <= 0x1.fffffep127f) {
+      bound = fmaxf(bound, magnitude);
+    } else {
+      ++count;
+    }
+  }
+  bound = row_max<G>(bound);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (x[i] != x[i]) x[i] = 0.0f;
+    if (dynamic && fabsf(x[i]) > 0x1.fffffep127f) x[i] = copysignf(bound, x[i]);
+  }
+  count = __reduce_add_sync(kFullWarp, valid ? count : 0);
+  if (nonfinite != nullptr && count > 0 && threadIdx.x % 32 == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(nonfinite), static_cast<unsigned long long>(count));
+  }
+}
+
+// The rotation of csrc/cuda/rows.cuh with V channels in a lane and blocks that need not fill a warp.
+template <int V, int G>
+__device__ __forceinline__ void rotate(float (&x)[V], int block, int lane, float norm) {
+#pragma unroll
+  for (int step = 1; step < V; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if ((i & step) == 0) {
+        const float a = x[i], b = x[i + step];
+        x[i] = __fadd_rn(a, b);
+        x[i + step] = __fsub_rn(a, b);
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < G; step *= 2) {
+    if (step * V >= block) break;
+    const float sign = (lane & step) != 0 ? -1.0f : 1.0f;  // the product is exact, so the sum rounds once
+#pragma unroll
+    for (int i = 0; i < V; ++i) x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(kFullWarp, x[i], step));
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = __fmul_rn(x[i], norm);
+}
+
+// x / b, rounded once, for b of 8 significant bits, which a bf16 is: one correction of x * (1 / b) is exact (tried for all
+// pairs of significands), unless the remainder underflows.
+__device__ __forceinline__ float divide_short(float x, float b, float inverse) {
+  const float near = __fmul_rn(x, inverse);
+  return __fmaf_rn(__fmaf_rn(-b, near, x), inverse, near);
+}
+
+struct ScaleZero {
+  float scale, zero;
+};
+
+// Scale and zero of a row from its least and greatest element, as stored: a bf16 and an fp16 value. Tiny: the row is so
+// small that remainders may underflow.
+template <bool Tiny>
+__device__ __forceinline__ ScaleZero dynamic_scale(const Side& side, float low, float high) {
+  const auto step = [&](float x) {
+    return Tiny ? __fdiv_rn(x, side.steps) : divide_short(x, side.steps, side.inverse);
+  };
+  low = __fadd_rn(low, 0.0f);  // a zero is +0, whichever zero of the row came first
+  const float absmax = fmaxf(fabsf(low), fabsf(high));
+  const bool constant = low == high;
+  if (!side.cache.format.stored_zero) {
+    const float scale = round_up_to_bf16(constant ? absmax : step(absmax));
+    return {absmax == 0.0f ? 1.0f : scale, side.steps + 1.0f};
+  }
+  const float least = __fmul_rn(absmax, 1.0f / kMaxZero);
+  float scale = round_up_to_bf16(fmaxf(__fsub_rn(step(high), step(low)), least));
+  if (constant) {
+    scale = absmax == 0.0f ? 1.0f : __uint_as_float(__float_as_uint(fmaxf(absmax, kMinScale)) & 0x7f800000u);
+  }
+  const float zero = Tiny ? __fdiv_rn(low, scale) : divide_short(low, scale, __frcp_rn(scale));
+  return {scale, __half2float(__float2half_rn(-zero))};
+}
+
+// code + 2^23: the sum rounds half to even, and its low bits are the code.
+__device__ __forceinline__ uint32_t code_bits(float quotient, float zero, float top) {
+  const float code = fminf(fmaxf(__fadd_rn(quotient, zero), 0.0f), top);
+  return __float_as_uint(__fadd_rn(code, 0x1p23f));
+}
+
+// Scale and zero of a dynamic row, and its codes; x is spent. Scales stay below 2^110, as rows are cut to kMaxDynamic.
+template <int V>
+__device__ __forceinline__ ScaleZero row_codes(const Side& side, float low, float high, float (&x)[V],
+                                               uint32_t (&code)[V]) {
+  ScaleZero row;
+  float divisor;
+  if (fmaxf(fabsf(low), fabsf(high)) >= 0x1p-50f) {
+    row = dynamic_scale<false>(side, low, high);
+    divisor = row.scale;
+  } else {  // a power of two lifts row and scale, exactly, to where remainders do not underflow
+    row = dynamic_scale<true>(side, low, high);
+    divisor = __fmul_rn(row.scale, 0x1p60f);
+#pragma unroll
+    for (int i = 0; i < V; ++i) x[i] = __fmul_rn(x[i], 0x1p60f);
+  }
+  const float inverse = __frcp_rn(divisor);
+#pragma unroll
+  for (int i = 0; i < V; ++i) code[i] = code_bits(divide_short(x[i], divisor, inverse), row.zero, side.top);
+  return row;
+}
+
+template <int Bits, int V>
+__device__ __forceinline__ void store_codes(uint8_t* to, const uint32_t (&code)[V]) {
+  constexpr int kPerWord = 32 / Bits < V ? 32 / Bits : V;
+  constexpr uint32_t kMagic = 0x4b000000;  // the bits of 2^23 that come with each code
+  uint32_t words[V / kPerWord];
+#pragma unroll
+  for (int w = 0; w < V / kPerWord; ++w) {
+    uint32_t word = 0, magic = 0;
+#pragma unroll
+    for (int j = 0; j < kPerWord; ++j) {
+      word += code[w * kPerWord + j] << (Bits * j);
+      magic += kMagic << (Bits * j);
+    }
+    words[w] = word - magic;
+  }
+  store_words<V * Bits / 8>(to, words);
+}
+
+// Elements stored as they are, cut to the largest finite one. Each float codec of codecs.def brings kMax and pair().
+struct fp32 {
+  static constexpr float kMax = 0x1.fffffep127f;
+};
+struct fp16 {
+  static constexpr float kMax = 65504.0f;
+  __device__ static uint32_t pair(float a, float b) {
+    return static_cast<uint32_t>(__half_as_ushort(__float2half_rn(a))) |
+           static_cast<uint32_t>(__half_as_ushort(__float2half_rn(b))) << 16;
+  }
+};
+struct bf16 {
+  static constexpr float kMax = kMaxScale;
+  __device__ static uint32_t pair(float a, float b) {
+    return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(a))) |
+           static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(b))) << 16;
+  }
+};
+
+template <class Element, int Bits, int V>
+__device__ __forceinline__ void store_floats(uint8_t* to, const float (&x)[V]) {
+  uint32_t words[V * Bits / 32];
+#pragma unroll
+  for (int i = 0; i < V * Bits / 32; ++i) {
+    const auto cut = [](float y) { return fminf(fmaxf(y, -Element::kMax), Element::kMax); };
+    if constexpr (Bits == 32) {
+      words[i] = __float_as_uint(cut(x[i]));
+    } else {
+      words[i] = Element::pair(cut(x[2 * i]), cut(x[2 * i + 1]));
+    }
+  }
+  store_words<V * Bits / 8>(to, words);
+}
+
+// x is what Float codecs store, code what Integer ones do.
+template <int V>
+__device__ __forceinline__ void store_row(int codec, uint8_t* to, const float (&x)[V], const uint32_t (&code)[V]) {
+  switch (codec) {
+#define FOLDKV_STORE_Float(name, bits) store_floats<name, bits>(to, x)
+#define FOLDKV_STORE_Integer(name, bits) store_codes<bits>(to, code)
+#define FOLDKV_CODEC(id, name, bits, kind) \
+  case id: FOLDKV_STORE_##kind(name, bits); break;
+#include "codecs.def"
+#undef FOLDKV_CODEC
+#undef FOLDKV_STORE_Integer
+#undef FOLDKV_STORE_Float
+  }
+}
+
+// Block (x, y): head x / 2, K or V by x % 2; tokens of kWarps * 32 / G rows at a time.
+template <int V, int G>
+__global__ void __launch_bounds__(kWarps * 32, V == 8 ? 8 : 4) append_kernel(const __grid_constant__ Launch p) {
+  constexpr unsigned kRows = 32 / G;
+  const int lane = threadIdx.x % 32, head = blockIdx.x / 2;
+  const bool is_k = blockIdx.x % 2 == 0;
+  const Side& side = p.side[blockIdx.x % 2];
+  const Format format = side.cache.format;
+  const DType dtype = side.rows.dtype;
+  const int c0 = lane % G * V;
+  const bool active = c0 < p.d, ropes = is_k && p.cos != nullptr;
+
+  // Static formats: zero and scale. Dynamic ones: mean and balance, which are often 0 and 1 and then are left out. Read
+  // anew for each row, from the first cache, as registers are worth more.
+  const auto load_param = [&](ParamRow which, float (&into)[V]) {
+    if (active) load_floats(side.cache.params + (int64_t{which} * p.h_kv + head) * p.d + c0, into);
+  };
+  bool centred = false, divides = side.integer;
+  if (side.integer && format.dynamic) {
+    float mean[V] = {}, balance[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) balance[i] = 1.0f;
+    load_param(kMean, mean);
+    load_param(kBalance, balance);
+    bool has_mean = false, has_balance = false;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      has_mean = has_mean || mean[i] != 0.0f;
+      has_balance = has_balance || balance[i] != 1.0f;
+    }
+    centred = __any_sync(kFullWarp, has_mean);
+    divides = __any_sync(kFullWarp, has_balance);
+  }
+
+  // Rows are read one round ahead; a row without a valid slot is read and then dropped, so that no load waits for another.
+  const unsigned num_tokens = p.num_tokens, stride = gridDim.y * (kWarps * kRows);
+  unsigned token = (blockIdx.y * kWarps + threadIdx.x / 32) * kRows + lane / G;
+  uint32_t raw[V] = {};
+  int64_t slot = -1, position = 0;
+  const auto fetch = [&] {
+    slot = -1;
+    if (token >= num_tokens) return;
+    slot = p.slots[token];
+    if (p.cos != nullptr) position = p.positions[token];
+    if (active) {
+      const int64_t at = token * side.rows.token_stride + head * side.rows.head_stride + c0;
+      fetch_elements(side.rows.data, dtype, at, side.vectors, raw);
+    }
+  };
+  fetch();
+  while (token - lane / G < num_tokens) {
+    float x[V];
+    widen_elements(raw, dtype, x);
+    bool valid = slot >= 0 && slot < p.num_slots;
+    if (p.cos != nullptr) valid = valid && position >= 0 && position < p.max_pos;
+    const bool any = __any_sync(kFullWarp, valid);
+    if (ropes && any) {
+      const int64_t at = token * side.rows.token_stride + head * side.rows.head_stride;
+      rope<V>(p, side.rows, at, position * p.rot_half, c0, lane, valid && active, x);
+    }
+    const int64_t place = ((slot >> p.page_shift) * p.h_kv + head << p.page_shift) + (slot & ((1 << p.page_shift) - 1));
+    token += stride;
+    fetch();
+    if (!any) continue;
+    float magnitude = 0.0f;
+#pragma unroll
+    for (int i = 0; i < V; ++i) magnitude = max_or_nan(magnitude, fabsf(x[i]));
+    const bool extreme = __any_sync(kFullWarp, !(magnitude <= kMaxDynamic));
+    if (extreme) repair<V, G>(x, format.dynamic, valid, p.nonfinite);
+
+    uint32_t code[V];
+    if (centred) {
+      float mean[V] = {};
+      load_param(kMean, mean);
+#pragma unroll
+      for (int i = 0; i < V; ++i) x[i] = __fsub_rn(x[i], mean[i]);
+    }
+    if (divides) {
+      float divisor[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) divisor[i] = 1.0f;
+      load_param(format.dynamic ? kBalance : kScale, divisor);
+#pragma unroll
+      for (int i = 0; i < V; ++i) x[i] = __fdiv_rn(x[i], divisor[i]);
+    }
+    if (side.integer && !format.dynamic) {
+      float zero[V] = {};
+      load_param(kZero, zero);
+#pragma unroll
+      for (int i = 0; i < V; ++i) code[i] = code_bits(x[i], zero[i], side.top);
+    } else if (side.integer) {
+      if (extreme || centred || divides) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) x[i] = fminf(fmaxf(x[i], -kMaxDynamic), kMaxDynamic);
+      }
+      if (format.rotate) rotate<V, G>(x, hadamard_block(p.d), lane, p.norm);
+      float low = x[0], high = x[0];
+#pragma unroll
+      for (int i = 1; i < V; ++i) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
+      if (!active) low = INFINITY, high = -INFINITY;
+      row_range<G>(low, high);
+      const ScaleZero row = row_codes(side, low, high, x, code);
+      if (valid && lane % G == 0) {
+        const uint32_t scale = __float_as_uint(row.scale) >> 16;
+        const uint32_t zero = __half_as_ushort(__float2half_rn(row.zero));
+        if (format.stored_zero) {
+          reinterpret_cast<uint32_t*>(side.cache.meta)[place] = scale | zero << 16;
+        } else {
+          reinterpret_cast<uint16_t*>(side.cache.meta)[place] = static_cast<uint16_t>(scale);
+        }
+      }
+    }
+    if (!valid || !active) continue;
+    store_row(format.codec, side.cache.codes + place * row_bytes(side.bits, p.d) + c0 * side.bits / 8, x, code);
+  }
+}
+
+Side side_of(const Rows& rows, const Cache& cache) {
+  const int64_t size = rows.dtype == DType::Float32 ? 4 : 2;
+  const bool vectors = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.token_stride * size % 16 == 0 &&
+                       rows.head_stride * size % 16 == 0;
+  const Codec& codec = kCodecs[cache.format.codec];
+  const bool integer = codec.kind == Kind::Integer;
+  const float top = integer ? static_cast<float>((1 << codec.bits) - 1) : 1.0f;
+  const float steps = cache.format.stored_zero || !integer ? top : static_cast<float>((1 << (codec.bits - 1)) - 1);
+  return {rows, cache, codec.bits, integer, top, steps, 1.0f / steps, vectors};
+}
+
+template <int V, int G>
+int launch(Launch& p, cudaStream_t stream) {
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  p.whole_lanes = p.rot_half % (p.interleaved ? V / 2 : V) == 0 && aligned(p.cos) && aligned(p.sin);
+  constexpr int64_t kBlockRows = kWarps * 32 / G;
+  const int64_t row_blocks = (p.num_tokens + kBlockRows - 1) / kBlockRows;
+  int64_t passes = row_blocks * 2 * p.h_kv / kManyBlocks;
+  passes = passes < 1 ? 1 : passes > kMaxPasses ? kMaxPasses : passes;
+  const int64_t y = (row_blocks + passes - 1) / passes;
+  const dim3 grid(2u * p.h_kv, static_cast<unsigned>(y < 65535 ? y : 65535));
+  append_kernel<V, G><<<grid, kWarps * 32, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace foldkv::cuda
+
+extern "C" int foldkv_cuda_append_kv(const foldkv::AppendParams* params, void* stream) {
+  using namespace foldkv::cuda;
+  const foldkv::AppendParams& p = *params;
+  if (p.num_tokens == 0 || p.h_kv == 0) return cudaSuccess;
+  int page_shift = 0;
+  while (1 << page_shift < p.page_size) ++page_shift;
+  Launch launched{{side_of(p.k, p.k_cache), side_of(p.v, p.v_cache)},
+                  p.slots,
+                  p.positions,
+                  p.cos,
+                  p.sin,
+                  p.nonfinite,
+                  p.num_pages * p.page_size,
+                  p.max_pos,
+                  p.num_tokens,
+                  p.h_kv,
+                  p.d,
+                  page_shift,
+                  p.rot_half,
+                  p.interleaved,
+                  false,
+                  static_cast<float>(1.0 / std::sqrt(static_cast<double>(foldkv::hadamard_block(p.d))))};
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (p.d <= 64) return launch<8, 8>(launched, on);
+  if (p.d <= 128) return launch<8, 16>(launched, on);
+  if (p.d <= 256) return launch<8, 32>(launched, on);
+  return launch<16, 32>(launched, on);
+}

@@ -1,0 +1,55 @@
+// foldkv::append_attention on CUDA: which kernel, how many blocks. All of it is a function of tensor shapes, formats and
+// the device; what the sequences are like is in the plan, on the device.
+#include "cuda/combine.h"
+#include "cuda/device.h"
+#include "cuda/generic.h"
+#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
+#include "cuda/variant.h"
+#include "fp16/codec.cuh"
+#include "int4/codec.cuh"
+#include "int8/codec.cuh"
+
+namespace foldkv::cuda {
+namespace {
+
+struct Variant {
+  int k, v, d;
+  bool v_integer;
+  float boost;
+  AttendLauncher launch;
+};
+
+constexpr Variant kVariants[] = {
+#define FOLDKV_VARIANT(K, V, D) {K::kId, V::kId, D, V::kInteger, V::Math::kBoost, attend_##K##_##V##_##D},
+#include "cuda/variants.def"
+#undef FOLDKV_VARIANT
+};
+
+const Variant* find(const AttendParams& p) {
+  for (const Variant& variant : kVariants) {
+    if (variant.k == p.k_cache.format.codec && variant.v == p.v_cache.format.codec && variant.d == p.d) return &variant;
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace foldkv::cuda
+
+extern "C" int foldkv_cuda_append_attention(const foldkv::AttendParams* params, void* stream_handle) {
+  using namespace foldkv::cuda;
+  const foldkv::AttendParams& p = *params;
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  const Variant* variant = find(p);
+  if (variant == nullptr) return generic_attention(p, device.num_sms, stream);
+  // Rows of a sequence, if all had the same: what a shape can tell.
+  const int64_t rows = static_cast<int64_t>(p.num_rows) * (p.h_q / p.h_kv), batch = p.batch > 0 ? p.batch : 1;
+  const int tiles = static_cast<int>((rows + 8 * batch - 1) / (8 * batch));
+  const int lanes = kBlocksPerSm * device.num_sms / p.h_kv;
+  if (const cudaError_t error = variant->launch(p, tiles, (lanes > 0 ? lanes : 1) * p.h_kv, stream); error != cudaSuccess) {
+    return error;
+  }
+  return combine(p, variant->v_integer, variant->boost, 4 * device.num_sms, device.major >= 9, stream);
+}

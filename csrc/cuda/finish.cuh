@@ -1,0 +1,84 @@
+// The softmax state of a query row over some of its keys, and the row's way from a state to an output.
+//
+// The running maximum is a whole power of 2 (an int), so scaling a state never rounds: the merge of partials in chunk
+// order gives the bits of the fold in registers, whoever computes which chunk.
+#pragma once
+
+#include "core/params.h"
+#include "core/schedule.h"
+#include "cuda/attend_shape.cuh"
+#include "cuda/rows.cuh"
+
+namespace foldkv::cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+
+// What two states are multiplied by to stand on one maximum.
+struct Rescale {
+  int max;
+  float a, b;
+};
+
+__device__ __forceinline__ Rescale rescale(int max_a, int max_b) {
+  const int max = max_a > max_b ? max_a : max_b;
+  return {max, exp2_integer(max_a - max), exp2_integer(max_b - max)};
+}
+
+// a * scale_a + b * scale_b; the products are exact.
+__device__ __forceinline__ float fold(float a, float b, const Rescale& r) { return fmaf(b, r.b, __fmul_rn(a, r.a)); }
+
+// Undo V's transform, weigh in the sink, normalise, write; x is used up. The state: x [D] and total, both times
+// 2^(max - boost). Static zeros are still in x; dynamic ones are out.
+template <int D>
+__device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, int row, int head, int max, float total,
+                                           float boost, float (&x)[D / 32], int lane) {
+  const Cache& v = p.v_cache;
+  const int kv_head = head / (p.h_q / p.h_kv);
+  if (integer) {
+    const float* params = v.params + static_cast<int64_t>(kv_head) * D + lane;
+    const int64_t stride = static_cast<int64_t>(p.h_kv) * D;
+    if (!v.format.dynamic) {
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) {
+        x[i] = (x[i] - params[kZero * stride + 32 * i] * total) * params[kScale * stride + 32 * i];
+      }
+    }
+    if (v.format.rotate) hadamard_row<D>(x, lane);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      x[i] = x[i] * params[kBalance * stride + 32 * i] + params[kMean * stride + 32 * i] * total;
+    }
+  }
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[head] * kLog2E;
+    const int sink_max = static_cast<int>(fminf(fmaxf(ceilf(sink), -0x1p28f), 0x1p28f));
+    const Rescale r = rescale(max, sink_max);
+    total = total * r.a + exp2f(sink - static_cast<float>(r.max) + boost);
+    max = r.max;
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) x[i] *= r.a;
+  }
+  const int64_t at = static_cast<int64_t>(row) * p.h_q + head;
+  const bool empty = max == kEmpty;
+  const float inverse = empty ? 0.0f : 1.0f / total;
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) {
+    store_element(p.out, p.q.dtype, at * D + 32 * i + lane, empty ? 0.0f : x[i] * inverse);
+  }
+  if (p.lse != nullptr && lane == 0) {
+    p.lse[at] = empty ? -INFINITY : (static_cast<float>(max) - boost + log2f(total)) * kLn2;
+  }
+}
+
+// Where the partial of one query token and head lies: its maximum (the bits of an int) and total, and its output.
+struct PartialAt {
+  float2* state;
+  float* out;
+};
+
+__device__ __forceinline__ PartialAt partial_at(const AttendParams& p, int64_t partial, int head, int d) {
+  const int64_t index = partial * p.h_q + head;
+  return {reinterpret_cast<float2*>(p.workspace) + index, p.workspace + p.max_partials * p.h_q * 2 + index * d};
+}
+
+}  // namespace foldkv::cuda

@@ -1,0 +1,252 @@
+// The planner on a GPU: lengths -> work list, the same numbers as csrc/cpu/plan.cpp. Definition: quant/plan.py.
+//
+// One block works through the sequences, and through their tiles, kThreads at a time; scans place what each thread writes.
+// All units lie in a row and cuts fall on multiples of `share` in it, so how often a tile is cut follows from its place
+// alone; which tiles get partials follows from a second scan, and where items lie from a third.
+#include <cstdint>
+
+#include "core/params.h"
+#include "core/schedule.h"
+#include "cuda/launch.h"
+
+namespace foldkv::cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kNumWarps = kThreads / 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+struct Tile {
+  int seq, q_begin, q_count;
+  ChunkSpan chunks;
+  __device__ int units() const { return chunks.end > chunks.begin ? chunks.end - chunks.begin : 1; }
+};
+
+// What the items of a tile have in common, for the threads that write them.
+struct CutTile {
+  int seq, q_begin, q_count;
+  int first, last;  // chunks
+  int cut;  // the first one, a chunk
+  int partial;  // -1: the tile is whole
+  int worker;  // that the tile's first unit falls to
+};
+
+struct Shared {
+  int64_t scan[2][kNumWarps];  // two, so that one barrier a scan is enough
+  int tile_at[kThreads + 1];  // first tile of each sequence, within this round of sequences
+  int item_at[kThreads + 1];  // first item of each tile, within this round of tiles
+  CutTile tiles[kThreads];
+  int used;  // partials
+};
+
+// Sums over the threads before this one; `total` over all. Rounds take turns with the two buffers.
+struct Scan {
+  Shared& s;
+  int turn = 0;
+
+  __device__ int64_t exclusive(int64_t x, int64_t& total) {
+    int64_t* sums = s.scan[turn];
+    turn ^= 1;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t upto = inclusive(x, lane);
+    if (lane == 31) sums[warp] = upto;
+    __syncthreads();
+    const int64_t warps = inclusive(sums[lane], lane);
+    total = __shfl_sync(kFullWarp, warps, 31);
+    const int64_t before = __shfl_sync(kFullWarp, warps, warp > 0 ? warp - 1 : 0);
+    return upto - x + (warp > 0 ? before : 0);
+  }
+
+  __device__ static int64_t inclusive(int64_t x, int lane) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int64_t other = __shfl_up_sync(kFullWarp, x, step);
+      if (lane >= step) x += other;
+    }
+    return x;
+  }
+};
+
+// Index of the last of the n rising numbers at[0 .. n - 1] that is <= x; at[0] <= x.
+__device__ __forceinline__ int owner(const int* at, int n, int x) {
+  int low = 0, high = n;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (at[middle] <= x) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__device__ __forceinline__ int start_of(const PlanParams& p, int seq) {
+  const int start = p.seq_starts != nullptr ? p.seq_starts[seq] : 0;
+  return start > 0 ? start : 0;
+}
+
+// Tiles of a sequence; bad where its lengths cannot be planned.
+__device__ __forceinline__ int count_tiles(const PlanParams& p, int seq, bool& bad) {
+  const int begin = p.cu_seqlens_q[seq], end = p.cu_seqlens_q[seq + 1];
+  bad = bad || end < begin || p.seq_lens[seq] < 0 || (seq == 0 && begin != 0);
+  return end > begin && begin >= 0 ? (end - begin - 1) / p.tile_q + 1 : 0;
+}
+
+__device__ __forceinline__ Tile make_tile(const PlanParams& p, int seq, int tile) {
+  const int q_len = p.cu_seqlens_q[seq + 1] - p.cu_seqlens_q[seq], q_begin = tile * p.tile_q;
+  const int q_count = min(q_len - q_begin, p.tile_q);
+  return {seq, q_begin, q_count,
+          tile_chunks(p.seq_lens[seq], q_len, q_begin, q_count, start_of(p, seq), p.window_left, p.chunk_size)};
+}
+
+// Calls fn(whether the thread has a tile, tiles of this round) in every thread, for kThreads tiles at a time, in order; the
+// tile is `held`. Where one round holds the whole batch, the second pass has it still: held_tiles says how many.
+template <class Fn>
+__device__ __forceinline__ void for_tiles(const PlanParams& p, Scan& scan, Tile& held, int held_tiles, Fn fn) {
+  if (held_tiles > 0) {
+    fn(threadIdx.x < held_tiles, held_tiles);
+    return;
+  }
+  Shared& s = scan.s;
+  const int thread = threadIdx.x;
+  for (int seq0 = 0; seq0 < p.batch; seq0 += kThreads) {
+    const int seqs = min(p.batch - seq0, kThreads);
+    bool bad = false;
+    int64_t tiles;
+    const int64_t before = scan.exclusive(thread < seqs ? count_tiles(p, seq0 + thread, bad) : 0, tiles);
+    s.tile_at[thread] = static_cast<int>(before);  // at most max_tiles, or nobody comes here
+    __syncthreads();
+    for (int64_t tile0 = 0; tile0 < tiles; tile0 += kThreads) {
+      const int here = static_cast<int>(min(tiles - tile0, int64_t{kThreads})), tile = static_cast<int>(tile0) + thread;
+      if (thread < here) {
+        const int seq = owner(s.tile_at, seqs, tile);
+        held = make_tile(p, seq0 + seq, tile - s.tile_at[seq]);
+      }
+      fn(thread < here, here);
+    }
+    __syncthreads();  // tile_at is written anew
+  }
+}
+
+__device__ __forceinline__ void write_entry(int32_t* to, int4 a, int4 b, int4 c) {
+  auto* vectors = reinterpret_cast<int4*>(to);
+  vectors[0] = a, vectors[1] = b, vectors[2] = c;
+}
+
+__global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
+  __shared__ Shared s;
+  Scan scan{s};
+  const int thread = threadIdx.x;
+  if (thread == 0) s.used = 0;
+  int32_t* workers = p.plan + kPlanHeader;
+  const int item_at = plan_item_at(p.num_workers), merge_at = item_at + kPlanEntry * p.max_items;
+  const auto finish = [&](int items, int merges, int partials, int status, int64_t units, int64_t share) {
+    // Workers past the last unit.
+    for (int64_t w = (units + share - 1) / share + thread; w <= p.num_workers; w += kThreads) {
+      workers[w] = items;
+    }
+    if (thread != 0) return;
+    write_entry(p.plan, make_int4(items, merges, partials, merge_at),
+                make_int4(status, static_cast<int>(units), p.chunk_size, p.tile_q),
+                make_int4(item_at, p.num_workers, static_cast<int>(share), 0));
+  };
+
+  // How many tiles, and whether the lengths make sense.
+  bool bad = false;
+  int64_t tiles = 0;
+  for (int seq = thread; seq < p.batch; seq += kThreads) tiles += count_tiles(p, seq, bad);
+  if (p.batch == 0 && thread == 0) bad = p.cu_seqlens_q[0] != 0;
+  int64_t num_tiles;
+  scan.exclusive(tiles, num_tiles);
+  if (__syncthreads_or(bad)) return finish(0, 0, 0, kBadLengths, 0, 1);
+  if (num_tiles > p.max_tiles) return finish(0, 0, 0, kTooManyTiles, 0, 1);
+
+  // A worker's share of all units.
+  Tile held{};
+  int64_t mine = 0, units;
+  for_tiles(p, scan, held, 0, [&](bool valid, int) { mine += valid ? held.units() : 0; });
+  scan.exclusive(mine, units);
+  const int64_t share = units > p.num_workers ? (units + p.num_workers - 1) / p.num_workers : 1;
+
+  int64_t begun = 0, wanted = 0;  // units, and partials asked for, of the rounds before
+  int num_items = 0, num_merges = 0;
+  const bool one_round = p.batch <= kThreads && num_tiles <= kThreads;
+  for_tiles(p, scan, held, one_round ? static_cast<int>(num_tiles) : 0, [&](bool valid, int here) {
+    const int size = valid ? held.units() : 0;
+    int64_t round_units;
+    const int64_t at = begun + scan.exclusive(size, round_units);
+    begun += round_units;
+    const int64_t worker = at / share;
+    const int cuts = valid ? static_cast<int>((at + size - 1) / share - worker) : 0;
+    const int first = valid ? held.chunks.begin : 0, last = valid ? held.chunks.end : 0;
+    const int cut = cuts > 0 ? first + static_cast<int>((worker + 1) * share - at) : last;
+
+    // Items before this thread's, and the partials of a tile that is cut, as long as the workspace lasts.
+    int items_before = thread, items_here = here;
+    int64_t partial = -1;
+    if (__syncthreads_or(cuts > 0)) {
+      const int64_t parts = cuts > 0 ? 1 + last - cut : 0;
+      int64_t round_wanted, totals;
+      const int64_t slot = wanted + scan.exclusive(cuts > 0 ? parts * held.q_count : 0, round_wanted);
+      wanted += round_wanted;
+      const bool fits = cuts > 0 && slot + parts * held.q_count <= p.max_partials;
+      if (fits) partial = slot;
+      const int items = !valid ? 0 : fits ? 1 + cuts : 1;
+      const int64_t before = scan.exclusive(static_cast<int64_t>(items) << 32 | (fits ? 1 : 0), totals);
+      items_before = static_cast<int>(before >> 32), items_here = static_cast<int>(totals >> 32);
+      if (fits) {
+        const int merge = num_merges + static_cast<int>(before & 0xffffffff);
+        write_entry(p.plan + merge_at + kPlanEntry * merge,
+                    make_int4(held.seq, held.q_begin, held.q_count, static_cast<int>(slot)),
+                    make_int4(static_cast<int>(parts), p.cu_seqlens_q[held.seq] + held.q_begin, 0, 0),
+                    make_int4(0, 0, 0, 0));
+        // Accepted tiles come before refused ones, so the last merge has the greatest end.
+        if (merge + 1 == num_merges + static_cast<int>(totals & 0xffffffff)) {
+          s.used = static_cast<int>(slot + parts * held.q_count);
+        }
+      }
+      num_merges += static_cast<int>(totals & 0xffffffff);
+    }
+    if (valid) {
+      s.tiles[thread] = {
+          held.seq, held.q_begin, held.q_count, first, last, cut, static_cast<int>(partial), static_cast<int>(worker)};
+      // The shares that begin inside an uncut tile have what comes after it.
+      if (at == worker * share) workers[worker] = num_items + items_before;
+      if (partial < 0) {
+        for (int i = 1; i <= cuts; ++i) workers[worker + i] = num_items + items_before + 1;
+      }
+    }
+    s.item_at[thread] = items_before;
+    __syncthreads();
+
+    // Items, each written by a thread of its own, whoever has the tile.
+    for (int i = thread; i < items_here; i += kThreads) {
+      const int index = items_here == here ? i : owner(s.item_at, here, i);
+      const CutTile& t = s.tiles[index];
+      const int part = i - s.item_at[index];
+      const bool whole = t.partial < 0;
+      const int64_t begin = part == 0 ? t.first : t.cut + (part - 1) * share;
+      const int64_t end = whole ? t.last : min(t.cut + part * share, int64_t{t.last});
+      const int64_t slot = part == 0 ? t.partial : t.partial + (1 + begin - t.cut) * t.q_count;
+      if (part > 0) workers[t.worker + part] = num_items + i;
+      const int q_row = p.cu_seqlens_q[t.seq], q_len = p.cu_seqlens_q[t.seq + 1] - q_row, seq_len = p.seq_lens[t.seq];
+      write_entry(p.plan + item_at + kPlanEntry * (num_items + i),
+                  make_int4(t.seq, t.q_begin, t.q_count, static_cast<int>(begin)),
+                  make_int4(static_cast<int>(end), static_cast<int>(slot), part == 0 ? 1 : 0, q_row + t.q_begin),
+                  make_int4(seq_len - q_len + t.q_begin, start_of(p, t.seq), seq_len, 0));
+    }
+    num_items += items_here;
+    __syncthreads();  // tiles and item_at are written anew
+  });
+  finish(num_items, num_merges, s.used, kPlanOk, units, share);
+}
+
+}  // namespace
+}  // namespace foldkv::cuda
+
+extern "C" int foldkv_cuda_plan(const foldkv::PlanParams* params, void* stream) {
+  using namespace foldkv::cuda;
+  plan_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
+  return cudaGetLastError();
+}

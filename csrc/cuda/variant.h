@@ -1,0 +1,18 @@
+// The table of attention kernels (variants.def).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/params.h"
+
+namespace foldkv::cuda {
+
+// Queues the kernel for sequences of about `tiles` * 8 query rows on `num_blocks` blocks, a multiple of h_kv.
+using AttendLauncher = cudaError_t (*)(const AttendParams& p, int tiles, int num_blocks, cudaStream_t stream);
+
+#define FOLDKV_VARIANT(K, V, D) \
+  cudaError_t attend_##K##_##V##_##D(const AttendParams& p, int tiles, int num_blocks, cudaStream_t stream);
+#include "cuda/variants.def"
+#undef FOLDKV_VARIANT
+
+}  // namespace foldkv::cuda
