@@ -456,24 +456,23 @@ class Attention {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const Scale v = v_dynamic ? unpack_scale<V>(v_raw[at][h], p_.v_cache.format.stored_zero) : Scale{1.0f, 0.0f};
+          // Tokens that no query sees have scale 0 here.
+          const float inverse = v_dynamic ? (v.scale > 0.0f ? __fdividef(1.0f, v.scale) : 0.0f) : 1.0f;
           const int row = 64 * at + row0 + 8 * h;
           float w[2];
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const float probability = exp2_fast(x[at][n][2 * h + j] - offset[j]);
-            total[j] += probability;
             w[j] = v_dynamic ? probability * v.scale : probability;
           }
+          // All sums take the weights as they are rounded, so that they remain weights of a mean.
           const uint32_t packed = V::Math::pack(w[0], w[1]);
-          if constexpr (V::kInteger) {
-            // Codes are taken about the middle one, so that the rounding of weights meets small numbers.
-            const float2 rounded = V::Math::unpack(packed);
-            taken[0] = fmaf(rounded.x - w[0], V::kMid, taken[0]);
-            taken[1] = fmaf(rounded.y - w[1], V::kMid, taken[1]);
-            if (v_dynamic) {
-              taken[0] = fmaf(w[0], v.zero, taken[0]);
-              taken[1] = fmaf(w[1], v.zero, taken[1]);
-            }
+          const float2 rounded = V::Math::unpack(packed);
+          total[0] = fmaf(rounded.x, inverse, total[0]);
+          total[1] = fmaf(rounded.y, inverse, total[1]);
+          if (v_dynamic) {
+            taken[0] = fmaf(rounded.x, v.zero, taken[0]);
+            taken[1] = fmaf(rounded.y, v.zero, taken[1]);
           }
           const uint32_t to = address_ + S::kWeightAt + row * (16 * N) + ((n ^ Swizzle<N>::of(row)) << 4) + 4 * t_;
           asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");

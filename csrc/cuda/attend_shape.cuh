@@ -69,7 +69,8 @@ struct Shape {
   static constexpr int kSharedBytes = kPassAt + 64;
 
   static constexpr int kBlocksPerSm = kMaxTiles > 1 ? (kSharedBytes <= 113 << 10 ? 2 : 1)
-                                      : kSharedBytes <= 57088 && D <= 128 ? 4
+                                      : D > 128                ? 2
+                                      : kSharedBytes <= 57088  ? 4
                                       : kSharedBytes <= 74 << 10 ? 3
                                                                  : 2;
 

@@ -128,7 +128,8 @@ class Queue {
   __device__ __forceinline__ void copy_codes(const Cursor& c, const uint8_t* pool, uint32_t slot, int first) {
     constexpr int kRow = 16 * kUnits, kPieces = S::kStageTokens * kUnits, kEach = (kPieces + kThreads - 1) / kThreads;
     constexpr int kTogether = kEach < 4 ? kEach : 4;  // page ids on their way at a time
-    constexpr bool kEven = kThreads % kUnits == 0;    // a thread's pieces lie at one unit, kThreads / kUnits rows apart
+    // A thread's pieces lie at one unit, kThreads / kUnits rows apart, and are swizzled alike.
+    constexpr bool kEven = kThreads % kUnits == 0 && kThreads / kUnits % 8 == 0;
     const int thread = opaque(threadIdx.x);
     const uint32_t page_bytes = static_cast<uint32_t>(p_.h_kv << page_shift_) * kRow;
     pool += (static_cast<int64_t>(kv_head_) << page_shift_) * kRow;
