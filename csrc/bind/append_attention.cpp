@@ -132,6 +132,7 @@ AttendParams attend_params(const AttendTensors& t, double softmax_scale, int64_t
   check(t.plan.size(0) >= kPlanHeader, "plan: expected at least ", kPlanHeader, " numbers, got ", t.plan.size(0));
   check_tensor(t.workspace, "workspace", ScalarType::Float, {kAny}, "Capacity.workspace_floats");
   p.plan = static_cast<const int32_t*>(t.plan.const_data_ptr());
+  p.plan_ints = t.plan.size(0);
   p.workspace = static_cast<float*>(t.workspace.mutable_data_ptr());
   p.max_partials = t.workspace.size(0) / partial_floats(p.h_q, p.d);
   check(softcap >= 0.0, "softcap: expected a number >= 0, got ", softcap);

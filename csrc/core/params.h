@@ -60,6 +60,7 @@ struct AttendParams {
   float softmax_scale, softcap;
   int batch, num_rows, h_q, h_kv, d, page_size, window_left;
   int64_t table_stride, max_partials;
+  int64_t plan_ints;            // numbers in `plan`
   uint32_t max_page;            // the last page of the pools
 };
 

@@ -29,6 +29,7 @@ class Attention {
   }
 
   __device__ void run(const WorkItem* item, const WorkItem* end) {
+    prefetch_queries(*item);
     queue_.start(item, end);
     for (; item < end; ++item) {
       const int rows = item->q_count * group_;
@@ -91,6 +92,23 @@ class Attention {
   }
 
   // --- queries -------------------------------------------------------------------------------------------------------
+
+  // Ask for the query rows of an item and the parameters of K, so that they come while the queue starts.
+  __device__ void prefetch_queries(const WorkItem& item) const {
+    const int element = p_.q.dtype == DType::Float32 ? 4 : 2, group = p_.h_q / p_.h_kv;
+    const int row = threadIdx.x / 8, at = threadIdx.x % 8 * 64 / element;
+    if (row < min(item.q_count * group, S::kMaxRows) && at < D) {
+      const int64_t from = static_cast<int64_t>(item.q_row + row / group) * p_.q.token_stride +
+                           (kv_head_ * group + row % group) * p_.q.head_stride + at;
+      prefetch(static_cast<const uint8_t*>(p_.q.data) + from * element);
+    }
+    if constexpr (K::kInteger) {
+      const int line = threadIdx.x * 16;  // 64 bytes
+      if (line < kNumParamRows * D) {
+        prefetch(p_.k_cache.params + (static_cast<int64_t>(line / D) * p_.h_kv + kv_head_) * D + line % D);
+      }
+    }
+  }
 
   // Queries become 16-bit fragments: balanced, rotated, static scale folded in, scaled by a power of 2 a row; with
   //   logit * log2(e) = dot * factor + base, dot = sum over channels of query * code, in the fragments' units.
@@ -326,15 +344,15 @@ class Attention {
   // Adds kTokens tokens from `token` on, up to the pass' end, to a chunk's state.
   template <int N, int kTokens>
   __device__ void attend_block(int token, Outputs<N>& out) {
-    constexpr int kTiles = kTokens / 64, kStageTiles = S::kStageTokens / 64;
-    constexpr int kMaxStages = kTokens / S::kStageTokens;
+    constexpr int kStage = kTokens < S::kStageTokens ? kTokens : S::kStageTokens;  // tokens of a slot that are used
+    constexpr int kTiles = kTokens / 64, kStageTiles = kStage / 64, kMaxStages = kTokens / kStage;
     const bool v_dynamic = V::kInteger && p_.v_cache.format.dynamic;
     int num_stages;
     float x[kTiles][N][4];
     uint32_t v_raw[kTiles][2];  // scale and zero of V, of this thread's tokens
     {
       const Pass& pass = current().pass;
-      num_stages = ceil_div(min(kTokens, pass.end - token), S::kStageTokens);
+      num_stages = ceil_div(min(kTokens, pass.end - token), kStage);
       const bool whole = token >= pass.whole_begin && token + kTokens <= pass.whole_end;
 #pragma unroll
       for (int stage = 0; stage < kMaxStages; ++stage) {
@@ -357,11 +375,11 @@ class Attention {
     for (int n = 0; n < N; ++n) share_max<N>(x, v_raw, v_dynamic, n);
     const uint32_t first_slot = queue_.next();  // also the barrier behind the maxima
 #pragma unroll
-    for (int n = 0; n < N; ++n) weights<N>(x, v_raw, v_dynamic, num_stages, n, out);
+    for (int n = 0; n < N; ++n) weights<N>(x, v_raw, v_dynamic, num_stages * kStageTiles, n, out);
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < N; ++n) gather_sums(n);
-    weigh<N>(first_slot, num_stages, out);
+    weigh<N, kStage>(first_slot, num_stages, out);
   }
 
   template <int N>
@@ -421,7 +439,7 @@ class Attention {
   // The weights of query tile n go to shared memory; what is there of the chunk is scaled to the new maximum.
   template <int N, int kTiles>
   __device__ void weights(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2], bool v_dynamic,
-                          int num_stages, int n, Outputs<N>& out) const {
+                          int num_tiles, int n, Outputs<N>& out) const {
     float2 highest = pair(Rows::warp_max(), n);
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) {
@@ -452,7 +470,7 @@ class Attention {
     const int row0 = opaque(16 * warp_ + g_);
 #pragma unroll
     for (int at = 0; at < kTiles; ++at) {
-      if (at / (S::kStageTokens / 64) < num_stages) {
+      if (at < num_tiles) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const Scale v = v_dynamic ? unpack_scale<V>(v_raw[at][h], p_.v_cache.format.stored_zero) : Scale{1.0f, 0.0f};
@@ -525,16 +543,16 @@ class Attention {
   // --- values ----------------------------------------------------------------------------------------------------------
 
   // out += V^T P^T over a block's tokens, for this warp's channels.
-  template <int N>
+  template <int N, int kStage>
   __device__ void weigh(uint32_t slot, int num_stages, Outputs<N>& out) {
 #pragma unroll 1
     for (int stage = 0; stage < num_stages; ++stage) {
       if (stage > 0) slot = queue_.next();
       if (warp_ >= kSlices) continue;
       const int lane = opaque(lane_);
-      const uint32_t weights = address_ + S::kWeightAt + stage * S::kStageTokens * (16 * N);
+      const uint32_t weights = address_ + S::kWeightAt + stage * kStage * (16 * N);
 #pragma unroll
-      for (int at = 0; at < S::kStageTokens; at += 32) {
+      for (int at = 0; at < kStage; at += 32) {
         uint32_t p[2][N][2];  // [k-step of 16 tokens][query tile]
         uint32_t word[kOwn][2][kVWords][2];
 #pragma unroll
@@ -821,19 +839,27 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxTiles>::kBlocksPe
   const int32_t* plan = p.plan;
   const int kv_head = blockIdx.x % p.h_kv, lanes = gridDim.x / p.h_kv;
   int worker = blockIdx.x / p.h_kv;
-  const int num_workers = plan[kNumWorkers], tail = p.cu_seqlens_q[p.batch];
-  const WorkItem* items = reinterpret_cast<const WorkItem*>(plan + plan[kItemAt]);
-  if (plan[kStatus] != kPlanOk) {
+  // All that can be known at once is asked for at once: each wait for memory delays a short batch as a whole. The worker's
+  // entry may lie past the table, but not past the plan, which has more entries than workers.
+  const int4 head = *reinterpret_cast<const int4*>(plan + kStatus), more = *reinterpret_cast<const int4*>(plan + kItemAt);
+  const int last_entry = plan_item_at(kMaxWorkers) - kPlanHeader - 2;
+  const int32_t* first = plan + kPlanHeader;
+  const int known = min(min(worker, last_entry), static_cast<int>(p.plan_ints) - kPlanHeader - 2);
+  int begin = first[known], end = first[known + 1];
+  const int tail = p.cu_seqlens_q[p.batch];
+  const int num_workers = more.y;
+  const WorkItem* items = reinterpret_cast<const WorkItem*>(plan + more.x);
+  if (head.x != kPlanOk) {
     fill_rows<D>(p, 0, NAN, NAN);
     return;
   }
-  fill_rows<D>(p, tail, 0.0f, -INFINITY);
   Attention<K, V, D, kMaxTiles> attention(p, kv_head);
-  for (; worker < num_workers; worker += lanes) {
-    const int32_t* first = plan + kPlanHeader + worker;
-    const int begin = first[0], end = first[1];
+  while (worker < num_workers) {
     if (begin < end) attention.run(items + begin, items + end);
+    worker += lanes;
+    if (worker < num_workers) begin = first[worker], end = first[worker + 1];
   }
+  fill_rows<D>(p, tail, 0.0f, -INFINITY);
 }
 
 }  // namespace foldkv::cuda

@@ -32,7 +32,7 @@ struct Shape {
   static constexpr int kRow = kKRow > kVRow ? kKRow : kVRow;
 
   // The queue of tokens on their way from memory: slots of K codes with the scales of K and V, or of V codes.
-  static constexpr int kStageTokens = 64;
+  static constexpr int kStageTokens = kMaxTiles == 1 && kRow <= 64 ? 128 : 64;
   static constexpr int kStageBytes = kStageTokens * kRow;
   static constexpr int kMetaBytes = kStageTokens * 4;
   static constexpr int kSlotBytes = kStageBytes + (K::kInteger ? kMetaBytes : 0) + (V::kInteger ? kMetaBytes : 0);

@@ -44,13 +44,18 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   constexpr int kEach = (D + kThreads - 1) / kThreads;
   __shared__ Factors factors;
   __shared__ float sums[D];
+  // The plan is older than the kernel before; its partials are not.
+  const int32_t* plan = p.plan;
+  const int4 head = *reinterpret_cast<const int4*>(plan), more = *reinterpret_cast<const int4*>(plan + kStatus);
+  const int num_merges = head.y, tile_q = more.w;
+  const auto* merges = reinterpret_cast<const MergeItem*>(plan + head.w);
+  if (more.x == kPlanOk && static_cast<int64_t>(blockIdx.x) / p.h_q / tile_q < num_merges) {
+    prefetch(merges + blockIdx.x / p.h_q / tile_q);
+  }
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
-  const int32_t* plan = p.plan;
-  if (plan[kStatus] != kPlanOk) return;
-  const int num_merges = plan[kNumMerges], tile_q = plan[kPlanTile];
-  const auto* merges = reinterpret_cast<const MergeItem*>(plan + plan[kMergeAt]);
+  if (more.x != kPlanOk) return;
   const int64_t num_jobs = static_cast<int64_t>(num_merges) * tile_q * p.h_q;
   for (int64_t job = blockIdx.x; job < num_jobs; job += gridDim.x) {
     const int head = static_cast<int>(job % p.h_q), token = static_cast<int>(job / p.h_q % tile_q);

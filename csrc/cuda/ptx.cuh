@@ -21,6 +21,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------------
 
+// Ask for a line of global memory; nobody waits.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
+}
+
 // 16 bytes from global to shared memory; bytes past `valid` become zero and are not fetched.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");

@@ -40,6 +40,7 @@ class Queue {
     next_pass(c);
     if (threadIdx.x % 32 == 0) cursor() = c;
     __syncwarp();
+    fetch_pages(c);
     read_ = 0;
 #pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) issue(i);
@@ -64,7 +65,7 @@ class Queue {
     Cursor c = cursor();
     if (c.item < c.item_end) {
       const bool values = c.stage >= c.num_stages;
-      const int token = c.token + (values ? c.stage - c.num_stages : c.stage) * S::kStageTokens;
+      const int token = slot_token(c);
       const uint32_t slot = shared_ + write * S::kSlotBytes;
       if constexpr (S::kKRow == S::kVRow) {
         copy_codes<S::kKRow / 16>(c, values ? p_.v_cache.codes : p_.k_cache.codes, slot, token);
@@ -75,10 +76,10 @@ class Queue {
       }
       if (!values) {
         if constexpr (K::kInteger) {
-          if (p_.k_cache.format.dynamic) copy_meta(c, p_.k_cache, slot + S::kKMeta, token, threadIdx.x);
+          if (p_.k_cache.format.dynamic) copy_meta(c, p_.k_cache, slot + S::kKMeta, token, 0);
         }
         if constexpr (V::kInteger) {
-          if (p_.v_cache.format.dynamic) copy_meta(c, p_.v_cache, slot + S::kVMeta, token, threadIdx.x - 32);
+          if (p_.v_cache.format.dynamic) copy_meta(c, p_.v_cache, slot + S::kVMeta, token, 1);
         }
       }
       if (++c.stage < 2 * c.num_stages) {
@@ -88,9 +89,26 @@ class Queue {
         if (threadIdx.x % 32 == 0) cursor() = c;
       }
       __syncwarp();
+      fetch_pages(c);
     }
     copy_commit();
   }
+
+  // First token of the cursor's slot.
+  __device__ static int slot_token(const Cursor& c) {
+    return c.token + (c.stage >= c.num_stages ? c.stage - c.num_stages : c.stage) * S::kStageTokens;
+  }
+
+  // Page ids of the next slot: lane l has that of the 16 tokens from 16 l on. They come a slot ahead of their use. A table
+  // that names no page of the pool gives wrong numbers, not a fault.
+  static constexpr int kGroups = S::kStageTokens / 16;
+  __device__ void fetch_pages(const Cursor& c) {
+    if (c.item >= c.item_end) return;
+    const int group = opaque(threadIdx.x) % kGroups;
+    const int token = min(max(slot_token(c) + 16 * group, c.low), c.high - 1);
+    pages_ = min(static_cast<uint32_t>(__ldg(c.table + (token >> page_shift_))), p_.max_page);
+  }
+  __device__ uint32_t page_of(int row) const { return __shfl_sync(0xffffffffu, pages_, row / 16); }
 
   __device__ void next_block(Cursor& c) const {
     c.stage = 0;
@@ -127,7 +145,6 @@ class Queue {
   template <int kUnits>
   __device__ __forceinline__ void copy_codes(const Cursor& c, const uint8_t* pool, uint32_t slot, int first) {
     constexpr int kRow = 16 * kUnits, kPieces = S::kStageTokens * kUnits, kEach = (kPieces + kThreads - 1) / kThreads;
-    constexpr int kTogether = kEach < 4 ? kEach : 4;  // page ids on their way at a time
     // A thread's pieces lie at one unit, kThreads / kUnits rows apart, and are swizzled alike.
     constexpr bool kEven = kThreads % kUnits == 0 && kThreads / kUnits % 8 == 0;
     const int thread = opaque(threadIdx.x);
@@ -135,56 +152,46 @@ class Queue {
     pool += (static_cast<int64_t>(kv_head_) << page_shift_) * kRow;
     const int row0 = thread / kUnits, unit0 = thread % kUnits;
     const uint32_t to0 = slot + row0 * kRow + ((unit0 ^ Swizzle<kUnits>::of(row0)) << 4);
-    const bool whole = first >= c.low && first + S::kStageTokens <= c.high;
+    const int stop = min(c.high, c.token + c.size);  // a block may be smaller than a slot
+    const bool whole = first >= c.low && first + S::kStageTokens <= stop;
 #pragma unroll
-    for (int begin = 0; begin < kEach; begin += kTogether) {
-      uint32_t page[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        int token = first + (kEven ? row0 + (begin + i) * (kThreads / kUnits) : (thread + (begin + i) * kThreads) / kUnits);
-        if (!whole) token = min(max(token, c.low), c.high - 1);
-        page[i] = page_id(c.table + (token >> page_shift_));
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int piece = thread + (begin + i) * kThreads;
-        const int row = kEven ? row0 + (begin + i) * (kThreads / kUnits) : piece / kUnits;
-        const int unit = kEven ? unit0 : piece % kUnits;
-        const uint32_t to = kEven ? to0 + (begin + i) * (kThreads * 16)
-                                  : slot + row * kRow + ((unit ^ Swizzle<kUnits>::of(row)) << 4);
-        const int token = first + row, offset = (token & ((1 << page_shift_) - 1)) * kRow + unit * 16;
-        const uint8_t* from = pool + (static_cast<uint64_t>(page[i]) * page_bytes + offset);
-        if (begin + i >= kEach || (kPieces % kThreads != 0 && piece >= kPieces)) break;
+    for (int i = 0; i < kEach; ++i) {
+      const int piece = thread + i * kThreads;
+      const int row = kEven ? row0 + i * (kThreads / kUnits) : piece / kUnits, unit = kEven ? unit0 : piece % kUnits;
+      const uint32_t to = kEven ? to0 + i * (kThreads * 16)
+                                : slot + row * kRow + ((unit ^ Swizzle<kUnits>::of(row)) << 4);
+      const uint32_t page = page_of(row);
+      const int token = first + row, offset = (token & ((1 << page_shift_) - 1)) * kRow + unit * 16;
+      const uint8_t* from = pool + (static_cast<uint64_t>(page) * page_bytes + offset);
+      if (kPieces % kThreads == 0 || piece < kPieces) {
         if (whole) {
           copy_async(to, from);
         } else {
-          copy_async(to, from, token >= c.low && token < c.high ? 16 : 0);
+          copy_async(to, from, token >= c.low && token < stop ? 16 : 0);
         }
       }
     }
   }
 
-  // A table that names no page of the pool gives wrong numbers, not a fault.
-  __device__ uint32_t page_id(const int32_t* at) const { return min(static_cast<uint32_t>(__ldg(at)), p_.max_page); }
-
-  // Scales of the same tokens, 16 bytes a thread.
-  __device__ void copy_meta(const Cursor& c, const Cache& cache, uint32_t to, int first, int thread) {
-    const int bytes = cache.format.meta_bytes(), tokens = bytes == 4 ? 4 : 8;
-    if (thread < 0 || thread * 16 >= S::kStageTokens * bytes) return;
-    const int token = first + thread * tokens;
-    int valid = c.high - token < tokens ? c.high - token : tokens;
+  // Scales of the same tokens, 16 bytes a lane of `warp`.
+  __device__ void copy_meta(const Cursor& c, const Cache& cache, uint32_t to, int first, int warp) {
+    if (threadIdx.x / 32 != warp) return;
+    const int lane = opaque(threadIdx.x) % 32, bytes = cache.format.meta_bytes(), tokens = bytes == 4 ? 4 : 8;
+    const uint32_t page = page_of(min(lane * tokens, S::kStageTokens - 1));
+    if (lane * tokens >= S::kStageTokens) return;
+    const int token = first + lane * tokens;
+    int valid = min(c.high - token, tokens);
     if (token + tokens <= c.low || valid < 0) valid = 0;
-    const int known = valid > 0 ? max(token, c.low) : c.low;
-    const uint32_t page = page_id(c.table + (known >> page_shift_));
     const int64_t tile = static_cast<int64_t>(page) * p_.h_kv + kv_head_;
-    const int offset = valid > 0 ? token & ((1 << page_shift_) - 1) : 0;
-    copy_async(to + thread * 16, cache.meta + ((tile << page_shift_) + offset) * bytes, valid * bytes);
+    const int offset = token & ((1 << page_shift_) - 1);
+    copy_async(to + lane * 16, cache.meta + ((tile << page_shift_) + offset) * bytes, valid * bytes);
   }
 
   const AttendParams& p_;
   const uint32_t shared_;
   const int kv_head_, page_shift_;
   int read_;
+  uint32_t pages_;
 };
 
 }  // namespace foldkv::cuda
