@@ -5,8 +5,8 @@ on the sequence's own length alone. A run of chunks from a tile's first one is f
 partial per chunk; the merge reads them in chunk order. All cuts give the same bits, so the planner is free to choose them.
 
 The plan buffer is int32: a header of 12 (number of items, of merges, of partials used, index of the first merge, status,
-chunk units, chunk size, tile_q, index of the first item, num_workers, units of a worker's share, 0), the first item of each
-worker and the number of items, then items of 12 (seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds,
+chunk units, chunk size, tile_q, index of the first item, num_workers, units of a worker's share, the most queries of a tile
+among the merges), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds,
 row of the first query in q, its position, start, seq_len, 0), then merges of 12 (seq, q_begin, q_count, first_partial,
 parts, row of the first query, zeros). All units lie in a row, tile after tile; worker w has the items that begin in its share
 w * share .. (w + 1) * share - 1.
@@ -193,7 +193,7 @@ def reference_plan(
     first_item = item_at(limits.num_workers)
     merge_at = first_item + ENTRY * limits.max_items
     header = [len(items), len(merges), used, merge_at, 0, begun, limits.chunk_size, limits.tile_q]
-    header += [first_item, limits.num_workers, per_worker, 0]
+    header += [first_item, limits.num_workers, per_worker, max((merge[2] for merge in merges), default=0)]
     header += [bisect_left(begins, worker * per_worker) for worker in range(limits.num_workers + 1)]
     return items, merges, header
 

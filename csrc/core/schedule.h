@@ -14,7 +14,8 @@ constexpr int kPlanHeader = 12;
 constexpr int kPlanEntry = 12;
 constexpr int kMaxWorkers = 4096;
 enum PlanHeaderField {
-  kNumItems, kNumMerges, kNumPartials, kMergeAt, kStatus, kUnits, kPlanChunk, kPlanTile, kItemAt, kNumWorkers, kShare
+  kNumItems, kNumMerges, kNumPartials, kMergeAt, kStatus, kUnits, kPlanChunk, kPlanTile, kItemAt, kNumWorkers, kShare,
+  kMergeQueries  // the most queries of a tile among the merges
 };
 
 // kStatus of a plan that could not be made, where the planner cannot throw: no items, and outputs are NaN.

@@ -41,7 +41,7 @@ bool plan(const PlanParams& p) {
   int32_t* workers = p.plan + kPlanHeader;
   auto* items = reinterpret_cast<WorkItem*>(p.plan + item_at);
   auto* merges = reinterpret_cast<MergeItem*>(p.plan + merge_at);
-  int num_items = 0, num_merges = 0, worker = 0;
+  int num_items = 0, num_merges = 0, worker = 0, merge_queries = 0;
   int64_t begun = 0, wanted = 0, used = 0;
   for_tiles(p, [&](const Tile& tile) {
     const auto [first, last] = tile.chunks;
@@ -58,6 +58,7 @@ bool plan(const PlanParams& p) {
       if (wanted > p.max_partials) partial = -1;
       if (partial >= 0) {
         used = wanted;
+        merge_queries = tile.q_count > merge_queries ? tile.q_count : merge_queries;
         merges[num_merges++] = {
             tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial), static_cast<int32_t>(parts),
             tile.q_row, {}};
@@ -97,7 +98,7 @@ bool plan(const PlanParams& p) {
                                        item_at,
                                        p.num_workers,
                                        static_cast<int32_t>(share),
-                                       0};
+                                       merge_queries};
   for (int i = 0; i < kPlanHeader; ++i) p.plan[i] = header[i];
   return true;
 }

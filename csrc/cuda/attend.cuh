@@ -28,7 +28,7 @@ class Attention {
     locate(threadIdx.x);
   }
 
-  __device__ void run(const WorkItem* item, const WorkItem* end) {
+  __device__ __forceinline__ void run(const WorkItem* item, const WorkItem* end) {
     prefetch_queries(*item);
     queue_.start(item, end);
     for (; item < end; ++item) {
@@ -63,7 +63,7 @@ class Attention {
   using Outputs = float[kOwn][2][N][4];
 
   // Which thread this is; said anew for each pass, so that addresses are not kept from one to the next in registers.
-  __device__ void locate(int thread) {
+  __device__ __forceinline__ void locate(int thread) {
     warp_ = thread / 32;
     lane_ = thread % 32;
     g_ = lane_ / 4;
@@ -80,7 +80,7 @@ class Attention {
   static_assert(sizeof(Current) <= 64, "room for it");
   __device__ static const Current& current() { return *reinterpret_cast<Current*>(shared_memory + S::kPassAt); }
 
-  __device__ void begin_pass(const WorkItem& item, int first_row, int rows) {
+  __device__ __forceinline__ void begin_pass(const WorkItem& item, int first_row, int rows) {
     const Pass pass(item, group_, first_row, kMaxTiles, p_.window_left);
     __syncthreads();  // all have left the rows, queries and outputs of the pass before
     if (threadIdx.x == 0) {
@@ -94,7 +94,7 @@ class Attention {
   // --- queries -------------------------------------------------------------------------------------------------------
 
   // Ask for the query rows of an item and the parameters of K, so that they come while the queue starts.
-  __device__ void prefetch_queries(const WorkItem& item) const {
+  __device__ __forceinline__ void prefetch_queries(const WorkItem& item) const {
     const int element = p_.q.dtype == DType::Float32 ? 4 : 2, group = p_.h_q / p_.h_kv;
     const int row = threadIdx.x / 8, at = threadIdx.x % 8 * 64 / element;
     if (row < min(item.q_count * group, S::kMaxRows) && at < D) {
@@ -114,20 +114,29 @@ class Attention {
   //   logit * log2(e) = dot * factor + base, dot = sum over channels of query * code, in the fragments' units.
   // Codes are taken about the middle code, so that a query's rounding error meets small numbers: `correction` starts the
   // sums. `sum` is the exact sum of the query, for zeros that come with the tokens.
-  __device__ void load_queries(const WorkItem& item, int first_row, int rows, int padded) {
+  __device__ __forceinline__ void load_queries(const WorkItem& item, int first_row, int rows, int padded) {
     const int group = opaque(group_);
 #pragma unroll 1
     for (int r = warp_; r < padded; r += kWarps) {
       float x[kSlices] = {};
       bool bad = false;
       const int token = (first_row + r) / group, head = kv_head_ * group + (first_row + r) % group;
-      if (r < rows) {
-        const int64_t at = static_cast<int64_t>(item.q_row + token) * p_.q.token_stride + head * p_.q.head_stride;
+      if (r >= rows) {  // padding: zeros
 #pragma unroll
         for (int i = 0; i < kSlices; ++i) {
-          x[i] = load_element(p_.q.data, p_.q.dtype, at + 32 * i + lane_);
-          bad = bad || !isfinite(x[i]);
+          *reinterpret_cast<uint16_t*>(shared_memory + S::query_at(r, i) + 2 * lane_) = 0;
         }
+        if (lane_ == 0) {
+          Rows::base()[r] = Rows::factor()[r] = Rows::sum()[r] = Rows::correction()[r] = Rows::bad()[r] = 0.0f;
+          Rows::key_begin()[r] = Rows::key_end()[r] = 0;
+        }
+        continue;
+      }
+      const int64_t at = static_cast<int64_t>(item.q_row + token) * p_.q.token_stride + head * p_.q.head_stride;
+#pragma unroll
+      for (int i = 0; i < kSlices; ++i) {
+        x[i] = load_element(p_.q.data, p_.q.dtype, at + 32 * i + lane_);
+        bad = bad || !isfinite(x[i]);
       }
       bad = __any_sync(kFullWarp, bad);
       float base = 0.0f, sum = 0.0f, largest = 0.0f;
@@ -173,7 +182,7 @@ class Attention {
   }
 
   // Where in its 32 channels' 32 places a lane's channel goes, and what it is multiplied by.
-  __device__ int query_place() const {
+  __device__ __forceinline__ int query_place() const {
     int place = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -184,10 +193,10 @@ class Attention {
     }
     return place;
   }
-  __device__ float query_factor() const { return K::k_factor(query_place() % 8); }
+  __device__ __forceinline__ float query_factor() const { return K::k_factor(query_place() % 8); }
 
   // Returns what the mean, and static zeros, add to every dot.
-  __device__ float transform_query(float (&x)[kSlices]) const {
+  __device__ __forceinline__ float transform_query(float (&x)[kSlices]) const {
     const Format& format = p_.k_cache.format;
     const float* params = p_.k_cache.params + static_cast<int64_t>(kv_head_) * D + lane_;
     const int64_t stride = static_cast<int64_t>(p_.h_kv) * D;
@@ -209,7 +218,7 @@ class Attention {
   }
 
   // B fragments of two k-steps.
-  __device__ uint4 query_fragment(int row_tile, int slice) const {
+  __device__ __forceinline__ uint4 query_fragment(int row_tile, int slice) const {
     return load_shared(address_ + S::query_at(8 * row_tile + g_, slice) + t_ * 16);
   }
 
@@ -217,7 +226,7 @@ class Attention {
 
   // Words of kSpan slices, from `slice` on, of a warp's 16 tokens; `row`: this lane's row, unit 0.
   static constexpr int kSpan = K::kBits == 4 ? 2 : 1;
-  __device__ static void load_keys(uint32_t (&word)[kSpan][kKWords][2], int slice, uint32_t row, int swizzle, int high) {
+  __device__ __forceinline__ static void load_keys(uint32_t (&word)[kSpan][kKWords][2], int slice, uint32_t row, int swizzle, int high) {
     constexpr int kUnits = S::kKRow / 16;
 #pragma unroll
     for (int i = 0; i < kSpan * kKWords; i += 2) {
@@ -241,11 +250,11 @@ class Attention {
   };
   // Bf16 scale and fp16 zero, or the middle code, of one token.
   template <class C>
-  __device__ static Scale unpack_scale(uint32_t raw, bool stored_zero) {
+  __device__ __forceinline__ static Scale unpack_scale(uint32_t raw, bool stored_zero) {
     const float zero = stored_zero ? __half2float(__ushort_as_half(static_cast<uint16_t>(raw >> 16))) : C::kMid;
     return {__uint_as_float(raw << 16), zero};
   }
-  __device__ uint32_t load_scale(const Format& format, uint32_t meta, int row) const {
+  __device__ __forceinline__ uint32_t load_scale(const Format& format, uint32_t meta, int row) const {
     const uint8_t* at = shared_memory + (meta - address_);
     return format.stored_zero ? *reinterpret_cast<const uint32_t*>(at + 4 * row)
                               : *reinterpret_cast<const uint16_t*>(at + 2 * row);
@@ -253,7 +262,7 @@ class Attention {
 
   // Logits times log2(e) of 16 tokens and N * 8 query rows: x[n] as a C fragment. kSplit: in two chains of sums.
   template <int N, bool kSplit>
-  __device__ void score(uint32_t slot, int row0, float (&x)[N][4]) const {
+  __device__ __forceinline__ void score(uint32_t slot, int row0, float (&x)[N][4]) const {
     constexpr int kUnits = S::kKRow / 16;
     const int lane = opaque(lane_), row = row0 + lane % 16;
     float odd[N][4];
@@ -321,14 +330,14 @@ class Attention {
   }
 
   // cap * tanh(logit / cap), in units of log2(e).
-  __device__ float soft_cap(float x) const {
+  __device__ __forceinline__ float soft_cap(float x) const {
     const float cap = p_.softcap * kLog2E;
     const float e = exp2_fast(fabsf(x) * __fdividef(-2.0f, p_.softcap));
     return copysignf(cap * __fdividef(1.0f - e, 1.0f + e), x);
   }
 
   template <int N>
-  __device__ void mask(float (&x)[N][4], int token) const {
+  __device__ __forceinline__ void mask(float (&x)[N][4], int token) const {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -343,7 +352,7 @@ class Attention {
 
   // Adds kTokens tokens from `token` on, up to the pass' end, to a chunk's state.
   template <int N, int kTokens>
-  __device__ void attend_block(int token, Outputs<N>& out) {
+  __device__ __forceinline__ void attend_block(int token, Outputs<N>& out) {
     constexpr int kStage = kTokens < S::kStageTokens ? kTokens : S::kStageTokens;  // tokens of a slot that are used
     constexpr int kTiles = kTokens / 64, kStageTiles = kStage / 64, kMaxStages = kTokens / kStage;
     const bool v_dynamic = V::kInteger && p_.v_cache.format.dynamic;
@@ -383,14 +392,14 @@ class Attention {
   }
 
   template <int N>
-  __device__ static void clear_scores(float (&x)[N][4], uint32_t (&v_raw)[2]) {
+  __device__ __forceinline__ static void clear_scores(float (&x)[N][4], uint32_t (&v_raw)[2]) {
     v_raw[0] = v_raw[1] = 0;
 #pragma unroll
     for (int n = 0; n < N; ++n) x[n][0] = x[n][1] = x[n][2] = x[n][3] = -INFINITY;
   }
 
   // Raw scales of V of tokens key + g and key + g + 8; 0 for tokens that no query sees, whose bytes are anybody's.
-  __device__ void load_v_scales(uint32_t slot, int row0, int key, bool whole, uint32_t (&v_raw)[2]) const {
+  __device__ __forceinline__ void load_v_scales(uint32_t slot, int row0, int key, bool whole, uint32_t (&v_raw)[2]) const {
     v_raw[0] = v_raw[1] = 0;
     if constexpr (V::kInteger) {
       if (!p_.v_cache.format.dynamic) return;
@@ -407,7 +416,7 @@ class Attention {
 
   // The warp's maxima of query tile n, for all warps: of log2(weight * scale of V), up to a constant.
   template <int N, int kTiles>
-  __device__ void share_max(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2], bool v_dynamic,
+  __device__ __forceinline__ void share_max(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2], bool v_dynamic,
                             int n) const {
     float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -430,7 +439,7 @@ class Attention {
   }
 
   // The least whole power of 2 that bounds a block's weights, or what it was before.
-  __device__ static int round_max(float highest, int before) {
+  __device__ __forceinline__ static int round_max(float highest, int before) {
     if (highest == -INFINITY) return before;
     const int max = static_cast<int>(fminf(fmaxf(ceilf(highest), -0x1p28f), 0x1p28f));
     return max > before ? max : before;
@@ -438,7 +447,7 @@ class Attention {
 
   // The weights of query tile n go to shared memory; what is there of the chunk is scaled to the new maximum.
   template <int N, int kTiles>
-  __device__ void weights(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2], bool v_dynamic,
+  __device__ __forceinline__ void weights(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2], bool v_dynamic,
                           int num_tiles, int n, Outputs<N>& out) const {
     float2 highest = pair(Rows::warp_max(), n);
 #pragma unroll
@@ -474,8 +483,8 @@ class Attention {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const Scale v = v_dynamic ? unpack_scale<V>(v_raw[at][h], p_.v_cache.format.stored_zero) : Scale{1.0f, 0.0f};
-          // Tokens that no query sees have scale 0 here.
-          const float inverse = v_dynamic ? (v.scale > 0.0f ? __fdividef(1.0f, v.scale) : 0.0f) : 1.0f;
+          // Tokens that no query sees have scale 0 here, and weight 0.
+          const float inverse = v_dynamic ? reciprocal_fast(fmaxf(v.scale, 0x1p-126f)) : 1.0f;
           const int row = 64 * at + row0 + 8 * h;
           float w[2];
 #pragma unroll
@@ -508,7 +517,7 @@ class Attention {
     }
   }
 
-  __device__ void gather_sums(int n) const {
+  __device__ __forceinline__ void gather_sums(int n) const {
     float2 total = mine(Rows::chunk_total(), n), zeros = mine(Rows::chunk_zeros(), n);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -523,18 +532,18 @@ class Attention {
   }
 
   // Numbers of this thread's two columns; in arrays of all warps, and in this warp's part of [kWarps][S::kMaxRows].
-  __device__ float2 pair(const float* numbers, int n) const {
+  __device__ __forceinline__ float2 pair(const float* numbers, int n) const {
     return *reinterpret_cast<const float2*>(numbers + 8 * n + 2 * t_);
   }
-  __device__ void set_pair(float* numbers, int n, float2 x) const {
+  __device__ __forceinline__ void set_pair(float* numbers, int n, float2 x) const {
     *reinterpret_cast<float2*>(numbers + 8 * n + 2 * t_) = x;
   }
-  __device__ float2 mine(const float* numbers, int n) const { return pair(numbers + warp_ * S::kMaxRows, n); }
-  __device__ int2 mine(const int* numbers, int n) const {
+  __device__ __forceinline__ float2 mine(const float* numbers, int n) const { return pair(numbers + warp_ * S::kMaxRows, n); }
+  __device__ __forceinline__ int2 mine(const int* numbers, int n) const {
     return *reinterpret_cast<const int2*>(numbers + warp_ * S::kMaxRows + 8 * n + 2 * t_);
   }
   template <class T, class T2>
-  __device__ void set_mine(T* numbers, int n, T2 x) const {
+  __device__ __forceinline__ void set_mine(T* numbers, int n, T2 x) const {
     __syncwarp();
     if (g_ == 0) *reinterpret_cast<T2*>(numbers + warp_ * S::kMaxRows + 8 * n + 2 * t_) = x;
     __syncwarp();
@@ -544,7 +553,7 @@ class Attention {
 
   // out += V^T P^T over a block's tokens, for this warp's channels.
   template <int N, int kStage>
-  __device__ void weigh(uint32_t slot, int num_stages, Outputs<N>& out) {
+  __device__ __forceinline__ void weigh(uint32_t slot, int num_stages, Outputs<N>& out) {
 #pragma unroll 1
     for (int stage = 0; stage < num_stages; ++stage) {
       if (stage > 0) slot = queue_.next();
@@ -576,7 +585,7 @@ class Attention {
 
   // B fragments of the weights of a k-step of 32 tokens, or of both at once.
   template <int N>
-  __device__ static void load_weights(uint32_t (&p)[2][N][2], int step, uint32_t at, int lane) {
+  __device__ __forceinline__ static void load_weights(uint32_t (&p)[2][N][2], int step, uint32_t at, int lane) {
     if constexpr (N == 1) {
       if (step == 0) {
         uint32_t r[4];
@@ -595,7 +604,7 @@ class Attention {
   }
 
   // Words of a slice of 32 channels of a k-step, or of both at once: [k-step][unit][tokens 0..7, 8..15].
-  __device__ static void load_values(uint32_t (&word)[2][kVWords][2], int step, uint32_t at, int slice, int lane) {
+  __device__ __forceinline__ static void load_values(uint32_t (&word)[2][kVWords][2], int step, uint32_t at, int slice, int lane) {
     constexpr int kUnits = S::kVRow / 16;
     if constexpr (kVWords == 1) {
       if (step == 0) {
@@ -619,7 +628,7 @@ class Attention {
   // --- a pass ----------------------------------------------------------------------------------------------------------
 
   template <int N, int kTokens>
-  __device__ void run_pass() {
+  __device__ __forceinline__ void run_pass() {
     if constexpr (S::kWide) locate(opaque(threadIdx.x));
     const Current& now = current();
     Outputs<N> out, run;
@@ -666,7 +675,7 @@ class Attention {
 
   // Calls fn(own, tile, n) for each fragment of the outputs that this warp has.
   template <int N, class Fn>
-  __device__ static void for_fragments(Fn fn) {
+  __device__ __forceinline__ static void for_fragments(Fn fn) {
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
 #pragma unroll
@@ -678,7 +687,7 @@ class Attention {
   }
 
   template <int N>
-  __device__ static void clear_outputs(Outputs<N>& out) {
+  __device__ __forceinline__ static void clear_outputs(Outputs<N>& out) {
     for_fragments<N>([&](int own, int tile, int n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) out[own][tile][n][c] = 0.0f;
@@ -686,7 +695,7 @@ class Attention {
   }
 
   template <int N>
-  __device__ static void copy_outputs(const Outputs<N>& from, Outputs<N>& to) {
+  __device__ __forceinline__ static void copy_outputs(const Outputs<N>& from, Outputs<N>& to) {
     for_fragments<N>([&](int own, int tile, int n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) to[own][tile][n][c] = from[own][tile][n][c];
@@ -695,7 +704,7 @@ class Attention {
 
   // Sums in the fragments' units become sums of weight * (code - zero), static zeros excepted.
   template <int N>
-  __device__ void to_units(Outputs<N>& out) const {
+  __device__ __forceinline__ void to_units(Outputs<N>& out) const {
     if constexpr (V::kInteger) {
       for_fragments<N>([&](int own, int tile, int n) {
         const float2 zeros = mine(Rows::chunk_zeros(), n);
@@ -707,11 +716,11 @@ class Attention {
     }
   }
 
-  __device__ static bool has_slice(int own) { return static_cast<int>(threadIdx.x / 32) + own * kWarps < kSlices; }
+  __device__ __forceinline__ static bool has_slice(int own) { return static_cast<int>(threadIdx.x / 32) + own * kWarps < kSlices; }
 
   // Where a thread of a wide tile keeps a fragment of its running sums.
   template <int N>
-  __device__ static float4& kept_sums(int own, int tile, int n) {
+  __device__ __forceinline__ static float4& kept_sums(int own, int tile, int n) {
     constexpr int kStride = 32 * (kSlices < kWarps ? kSlices : kWarps);  // threads that have any
     static_assert(kOwn * 2 * kMaxTiles * kStride * 16 <= S::kRunBytes || !S::kWide, "room for running sums");
     return reinterpret_cast<float4*>(shared_memory + S::kOutAt)[((own * 2 + tile) * N + n) * kStride + threadIdx.x];
@@ -719,14 +728,14 @@ class Attention {
 
   // Wide tiles keep running sums in shared memory, each thread its own: fn(kept, a fragment of `out`).
   template <int N, class Fn>
-  __device__ static void for_running(Outputs<N>& out, Fn fn) {
+  __device__ __forceinline__ static void for_running(Outputs<N>& out, Fn fn) {
     for_fragments<N>([&](int own, int tile, int n) {
       if (has_slice(own)) fn(kept_sums<N>(own, tile, n), out[own][tile][n]);
     });
   }
 
   template <int N>
-  __device__ void fold_chunk(Outputs<N>& run, Outputs<N>& out) const {
+  __device__ __forceinline__ void fold_chunk(Outputs<N>& run, Outputs<N>& out) const {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int2 run_max = mine(Rows::run_max(), n), chunk_max = mine(Rows::chunk_max(), n);
@@ -756,7 +765,7 @@ class Attention {
 
   // Calls fn(channel, number) for the numbers of column j of query tile n.
   template <int N, class Fn>
-  __device__ void for_channels(const Outputs<N>& out, int n, int j, Fn fn) const {
+  __device__ __forceinline__ void for_channels(const Outputs<N>& out, int n, int j, Fn fn) const {
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       const int slice = warp_ + own * kWarps;
@@ -773,7 +782,7 @@ class Attention {
   }
 
   template <int N>
-  __device__ void save(int64_t partial, const int* maxima, const float* totals, const Outputs<N>& out) const {
+  __device__ __forceinline__ void save(int64_t partial, const int* maxima, const float* totals, const Outputs<N>& out) const {
     const int rows = current().rows;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -789,7 +798,7 @@ class Attention {
   }
 
   template <int N>
-  __device__ void write_rows(const Outputs<N>& out) const {
+  __device__ __forceinline__ void write_rows(const Outputs<N>& out) const {
     const int rows = current().rows, q_row = current().q_row;
     __syncthreads();  // queries, weights or running sums make room
     float* sums = reinterpret_cast<float*>(shared_memory + S::kOutAt);

@@ -32,7 +32,8 @@ struct Shape {
   static constexpr int kRow = kKRow > kVRow ? kKRow : kVRow;
 
   // The queue of tokens on their way from memory: slots of K codes with the scales of K and V, or of V codes.
-  static constexpr int kStageTokens = kMaxTiles == 1 && kRow <= 64 ? 128 : 64;
+  static constexpr int kStageTokens =
+      kMaxTiles == 1 && kRow <= 64 && kKRow % 32 == 0 && kVRow % 32 == 0 && D <= 128 ? 128 : 64;
   static constexpr int kStageBytes = kStageTokens * kRow;
   static constexpr int kMetaBytes = kStageTokens * 4;
   static constexpr int kSlotBytes = kStageBytes + (K::kInteger ? kMetaBytes : 0) + (V::kInteger ? kMetaBytes : 0);
@@ -65,7 +66,7 @@ struct Shape {
   static constexpr int kRowsAt = kQueryAt + kWorkBytes + kRunBytes;
   static constexpr int kRowsBytes = kMaxRows * (9 + 8 * kWarps) * 4;
   static constexpr int kCursorAt = kRowsAt + kRowsBytes;
-  static constexpr int kPassAt = kCursorAt + kWarps * 64;
+  static constexpr int kPassAt = kCursorAt + kWarps * 80;
   static constexpr int kSharedBytes = kPassAt + 64;
 
   static constexpr int kBlocksPerSm = kMaxTiles > 1 ? (kSharedBytes <= 113 << 10 ? 2 : 1)

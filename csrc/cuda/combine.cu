@@ -6,7 +6,12 @@
 namespace foldkv::cuda {
 namespace {
 
-constexpr int kAhead = 16;  // partials on their way at a time
+// Partial outputs on their way to shared memory: kRing slots of kStep<D> of them.
+constexpr int kRing = 4;
+template <int D>
+constexpr int kStep = D > 128 ? 16 : 32;
+template <int D>
+constexpr int kRingBytes = kRing * kStep<D> * D * 4;
 
 // What each of up to kThreads partials, and what came before it, is multiplied by; in chunk order.
 struct Factors {
@@ -39,6 +44,47 @@ __device__ int share_factors(Factors& f, int max, float total, int carried) {
   return last;
 }
 
+// The partials of one query row of a tile, in chunk order.
+template <int D>
+class Parts {
+ public:
+  __device__ Parts(const AttendParams& p, const MergeItem& item, int token, int head)
+      : p_(p), first_(item.first_partial + token), stride_(item.q_count), count_(item.parts), head_(head) {
+#pragma unroll
+    for (int step = 0; step < kRing - 1; ++step) fetch(step);
+  }
+
+  // Step `step`, arrived; also a barrier for the block.
+  __device__ const float* next(int step) {
+    copy_wait<kRing - 2>();
+    __syncthreads();
+    fetch(step + kRing - 1);
+    return reinterpret_cast<const float*>(shared_memory) + step % kRing * kStep<D> * D;
+  }
+
+  __device__ float2 state(int part) const {
+    if (part >= count_) return make_float2(__int_as_float(kEmpty), 0.0f);
+    return *partial_at(p_, first_ + static_cast<int64_t>(part) * stride_, head_, D).state;
+  }
+
+ private:
+  __device__ void fetch(int step) const {
+    constexpr int kPieces = D / 4;  // 16 bytes each
+    const uint32_t to = shared_address(shared_memory) + step % kRing * kStep<D> * D * 4;
+#pragma unroll
+    for (int piece = threadIdx.x; piece < kStep<D> * kPieces; piece += kThreads) {
+      const int part = step * kStep<D> + piece / kPieces;
+      if (part >= count_) break;
+      copy_async(to + piece * 16, partial_at(p_, first_ + static_cast<int64_t>(part) * stride_, head_, D).out + piece % kPieces * 4);
+    }
+    copy_commit();
+  }
+
+  const AttendParams& p_;
+  const int64_t first_;
+  const int stride_, count_, head_;
+};
+
 template <int D>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ AttendParams p, bool integer, float boost) {
   constexpr int kEach = (D + kThreads - 1) / kThreads;
@@ -46,56 +92,44 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   __shared__ float sums[D];
   // The plan is older than the kernel before; its partials are not.
   const int32_t* plan = p.plan;
-  const int4 head = *reinterpret_cast<const int4*>(plan), more = *reinterpret_cast<const int4*>(plan + kStatus);
-  const int num_merges = head.y, tile_q = more.w;
-  const auto* merges = reinterpret_cast<const MergeItem*>(plan + head.w);
-  if (more.x == kPlanOk && static_cast<int64_t>(blockIdx.x) / p.h_q / tile_q < num_merges) {
-    prefetch(merges + blockIdx.x / p.h_q / tile_q);
-  }
+  const int4 head_a = *reinterpret_cast<const int4*>(plan), head_b = *reinterpret_cast<const int4*>(plan + kStatus);
+  const int most_queries = plan[kMergeQueries];
+  const auto* merges = reinterpret_cast<const MergeItem*>(plan + head_a.w);
+  const int64_t num_jobs = static_cast<int64_t>(head_a.y) * most_queries * p.h_q;
+  if (head_b.x == kPlanOk && blockIdx.x < num_jobs) prefetch(merges + blockIdx.x / p.h_q / most_queries);
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
-  if (more.x != kPlanOk) return;
-  const int64_t num_jobs = static_cast<int64_t>(num_merges) * tile_q * p.h_q;
+  if (head_b.x != kPlanOk) return;
   for (int64_t job = blockIdx.x; job < num_jobs; job += gridDim.x) {
-    const int head = static_cast<int>(job % p.h_q), token = static_cast<int>(job / p.h_q % tile_q);
-    const MergeItem item = merges[job / p.h_q / tile_q];
+    const int head = static_cast<int>(job % p.h_q), token = static_cast<int>(job / p.h_q % most_queries);
+    const MergeItem item = merges[job / p.h_q / most_queries];
     if (token >= item.q_count) continue;
+    Parts<D> parts(p, item, token, head);
+    float2 state = parts.state(threadIdx.x);
     float x[kEach] = {}, total = 0.0f;
     int max = kEmpty;
-    for (int begin = 0; begin < item.parts; begin += kThreads) {
-      const int count = min(item.parts - begin, kThreads);
-      const int64_t first = item.first_partial + static_cast<int64_t>(begin) * item.q_count + token;
-      float2 state = make_float2(__int_as_float(kEmpty), 0.0f);
-      if (static_cast<int>(threadIdx.x) < count) {
-        state = *partial_at(p, first + static_cast<int64_t>(threadIdx.x) * item.q_count, head, D).state;
+    for (int step = 0; step * kStep<D> < item.parts; ++step) {
+      const int at = step * kStep<D> % kThreads;
+      if (at == 0) {
+        max = share_factors(factors, __float_as_int(state.x), state.y, max);
+        state = parts.state(step * kStep<D> + kThreads + threadIdx.x);  // of the next ones, ahead of their use
       }
-      max = share_factors(factors, __float_as_int(state.x), state.y, max);
-      const float* from = partial_at(p, first, head, D).out + threadIdx.x;
-      const uint32_t stride = static_cast<uint32_t>(item.q_count) * p.h_q * D;  // of a tile: at most 64 rows a kv head
-      for (int at = 0; at < count; at += kAhead) {
-        float part[kAhead][kEach];
+      const float* from = parts.next(step) + threadIdx.x;
+      const int count = min(item.parts - step * kStep<D>, kStep<D>);
+#pragma unroll 8
+      for (int i = 0; i < count; ++i) {
+        const Rescale r = {0, factors.before[at + i], factors.self[at + i]};
+        total = fold(total, factors.total[at + i], r);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-          for (int e = 0; e < kEach; ++e) {
-            const bool mine = at + i < count && static_cast<int>(threadIdx.x) + e * kThreads < D;
-            part[i][e] = mine ? from[i * static_cast<uint64_t>(stride) + e * kThreads] : 0.0f;
-          }
-        }
-        from += kAhead * static_cast<uint64_t>(stride);
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          if (at + i < count) {
-            const Rescale r = {0, factors.before[at + i], factors.self[at + i]};
-            total = fold(total, factors.total[at + i], r);
-#pragma unroll
-            for (int e = 0; e < kEach; ++e) x[e] = fold(x[e], part[i][e], r);
+        for (int e = 0; e < kEach; ++e) {
+          if (D % kThreads == 0 || static_cast<int>(threadIdx.x) + e * kThreads < D) {
+            x[e] = fold(x[e], from[i * D + e * kThreads], r);
           }
         }
       }
-      __syncthreads();
     }
+    copy_wait<0>();
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       if (static_cast<int>(threadIdx.x) + e * kThreads < D) sums[threadIdx.x + e * kThreads] = x[e];
@@ -113,12 +147,15 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 
 template <int D>
 cudaError_t launch(const AttendParams& p, bool integer, float boost, int num_blocks, bool overlap, cudaStream_t stream) {
+  const cudaError_t error = cudaFuncSetAttribute(combine_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes<D>);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(num_blocks);
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kRingBytes<D>;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = overlap ? 1 : 0;

@@ -37,6 +37,7 @@ struct Shared {
   int item_at[kThreads + 1];  // first item of each tile, within this round of tiles
   CutTile tiles[kThreads];
   int used;  // partials
+  int merge_queries;  // the most queries of a tile that is cut
 };
 
 // Sums over the threads before this one; `total` over all. Rounds take turns with the two buffers.
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
   __shared__ Shared s;
   Scan scan{s};
   const int thread = threadIdx.x;
-  if (thread == 0) s.used = 0;
+  if (thread == 0) s.used = s.merge_queries = 0;
   int32_t* workers = p.plan + kPlanHeader;
   const int item_at = plan_item_at(p.num_workers), merge_at = item_at + kPlanEntry * p.max_items;
   const auto finish = [&](int items, int merges, int partials, int status, int64_t units, int64_t share) {
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     if (thread != 0) return;
     write_entry(p.plan, make_int4(items, merges, partials, merge_at),
                 make_int4(status, static_cast<int>(units), p.chunk_size, p.tile_q),
-                make_int4(item_at, p.num_workers, static_cast<int>(share), 0));
+                make_int4(item_at, p.num_workers, static_cast<int>(share), merges > 0 ? s.merge_queries : 0));
   };
 
   // How many tiles, and whether the lengths make sense.
@@ -177,8 +178,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     int64_t round_units;
     const int64_t at = begun + scan.exclusive(size, round_units);
     begun += round_units;
-    const int64_t worker = at / share;
-    const int cuts = valid ? static_cast<int>((at + size - 1) / share - worker) : 0;
+    const int64_t worker = static_cast<uint32_t>(at) / static_cast<uint32_t>(share);  // units fit the header's int32
+    const int cuts = valid ? static_cast<int>(static_cast<uint32_t>(at + size - 1) / static_cast<uint32_t>(share) - worker) : 0;
     const int first = valid ? held.chunks.begin : 0, last = valid ? held.chunks.end : 0;
     const int cut = cuts > 0 ? first + static_cast<int>((worker + 1) * share - at) : last;
 
@@ -201,6 +202,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
                     make_int4(held.seq, held.q_begin, held.q_count, static_cast<int>(slot)),
                     make_int4(static_cast<int>(parts), p.cu_seqlens_q[held.seq] + held.q_begin, 0, 0),
                     make_int4(0, 0, 0, 0));
+        atomicMax(&s.merge_queries, held.q_count);
         // Accepted tiles come before refused ones, so the last merge has the greatest end.
         if (merge + 1 == num_merges + static_cast<int>(totals & 0xffffffff)) {
           s.used = static_cast<int>(slot + parts * held.q_count);

@@ -170,7 +170,8 @@ class CacheState:
     def _new_plan(self, key: tuple[int, ...], q_tokens: int) -> Plan:
         window_left, h_q, h_kv, head_dim = key
         paged = self.paged
-        capacity = Capacity(
+        capacity = Capacity.for_device(
+            paged.device,
             max_batch=paged.max_batch,
             max_q_tokens=max(q_tokens, paged.max_batch),
             max_seq_len=paged.max_seq_len,
