@@ -16,4 +16,4 @@ else
   echo "extension: absent or built from other sources, building"
   FOLDKV_CUDA=1 "$python" setup.py --quiet build_ext --inplace
 fi
-echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo "${FOLDKV_COMMIT:-unknown}"), $(date -u +%Y-%m-%dT%H:%MZ)"
+echo "commit ${FOLDKV_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}, $(date -u +%Y-%m-%dT%H:%MZ)"

@@ -363,10 +363,12 @@ class Attention {
       const Pass& pass = current().pass;
       num_stages = ceil_div(min(kTokens, pass.end - token), kStage);
       const bool whole = token >= pass.whole_begin && token + kTokens <= pass.whole_end;
+      int first = 0;
 #pragma unroll
       for (int stage = 0; stage < kMaxStages; ++stage) {
         if (stage < num_stages) {
-          const uint32_t slot = queue_.next();
+          if (stage % S::kTogether == 0) first = queue_.next(min(num_stages - stage, S::kTogether));
+          const uint32_t slot = queue_.slot(first, stage % S::kTogether);
 #pragma unroll
           for (int tile = 0; tile < kStageTiles; ++tile) {
             const int at = stage * kStageTiles + tile, row0 = 64 * tile + 16 * warp_;
@@ -376,19 +378,21 @@ class Attention {
           }
         } else {
 #pragma unroll
-          for (int tile = 0; tile < kStageTiles; ++tile) clear_scores<N>(x[stage * kStageTiles + tile], v_raw[stage * kStageTiles + tile]);
+          for (int tile = 0; tile < kStageTiles; ++tile) {
+            clear_scores<N>(x[stage * kStageTiles + tile], v_raw[stage * kStageTiles + tile]);
+          }
         }
       }
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) share_max<N>(x, v_raw, v_dynamic, n);
-    const uint32_t first_slot = queue_.next();  // also the barrier behind the maxima
+    const int first = queue_.next(min(num_stages, S::kTogether));  // also the barrier behind the maxima
 #pragma unroll
     for (int n = 0; n < N; ++n) weights<N>(x, v_raw, v_dynamic, num_stages * kStageTiles, n, out);
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < N; ++n) gather_sums(n);
-    weigh<N, kStage>(first_slot, num_stages, out);
+    weigh<N, kStage>(first, num_stages, out);
   }
 
   template <int N>
@@ -553,11 +557,12 @@ class Attention {
 
   // out += V^T P^T over a block's tokens, for this warp's channels.
   template <int N, int kStage>
-  __device__ __forceinline__ void weigh(uint32_t slot, int num_stages, Outputs<N>& out) {
+  __device__ __forceinline__ void weigh(int first, int num_stages, Outputs<N>& out) {
 #pragma unroll 1
     for (int stage = 0; stage < num_stages; ++stage) {
-      if (stage > 0) slot = queue_.next();
+      if (stage > 0 && stage % S::kTogether == 0) first = queue_.next(min(num_stages - stage, S::kTogether));
       if (warp_ >= kSlices) continue;
+      const uint32_t slot = queue_.slot(first, stage % S::kTogether);
       const int lane = opaque(lane_);
       const uint32_t weights = address_ + S::kWeightAt + stage * kStage * (16 * N);
 #pragma unroll

@@ -23,7 +23,8 @@ struct alignas(16) Cursor {
   const int32_t* table;       // page ids of the sequence
   int high, block;            // end of the keys that the pass sees; first token of the block
   int end, size;              // end of the item's tokens; tokens of a block
-  int first_row, unused;      // first query row of the pass
+  int first_row;              // first query row of the pass
+  int freed;                  // slots that the last call of next() handed out
   const WorkItem* item;
   const WorkItem* item_end;
 };
@@ -43,6 +44,7 @@ class Queue {
       c.item = item;
       c.item_end = end;
       c.first_row = -S::kMaxRows;
+      c.freed = 1;
       next_pass(c);
     }
     __syncwarp();
@@ -52,14 +54,44 @@ class Queue {
     for (int i = 0; i < S::kStages - 1; ++i) issue(i);
   }
 
-  // The next slot, filled; also a barrier for the block. The slot handed out before is free again.
-  __device__ __forceinline__ uint32_t next() {
-    copy_wait<S::kStages - 2>();
+  // The next `count` slots, 1 .. kTogether, filled: the first one's index. Also a barrier for the block. The slots handed out
+  // before are free again.
+  __device__ __forceinline__ int next(int count) {
+    int freed = 1;
+    if constexpr (S::kTogether == 1) {
+      copy_wait<S::kStages - 2>();
+    } else {
+      freed = cursor().freed;
+      // On their way or here: all slots but the freed ones; the oldest `count` must be here.
+      const int others = freed + count;
+      if (others == 4) {
+        copy_wait<S::kStages - 4>();
+      } else if (others == 3) {
+        copy_wait<S::kStages - 3>();
+      } else {
+        copy_wait<S::kStages - 2>();
+      }
+    }
     __syncthreads();
-    issue(read_ == 0 ? S::kStages - 1 : read_ - 1);
-    const uint32_t slot = shared_ + read_ * S::kSlotBytes;
-    read_ = read_ + 1 == S::kStages ? 0 : read_ + 1;
-    return slot;
+    int write = read_ - freed < 0 ? read_ - freed + S::kStages : read_ - freed;
+#pragma unroll 1
+    for (int i = 0; i < freed; ++i) {
+      issue(write);
+      write = write + 1 == S::kStages ? 0 : write + 1;
+    }
+    const int first = read_;
+    read_ = read_ + count < S::kStages ? read_ + count : read_ + count - S::kStages;
+    if constexpr (S::kTogether > 1) {
+      if (threadIdx.x % 32 == 0) cursor().freed = count;
+      __syncwarp();
+    }
+    return first;
+  }
+
+  // Where the slot `i` after `first` is.
+  __device__ __forceinline__ uint32_t slot(int first, int i) const {
+    const int index = first + i < S::kStages ? first + i : first + i - S::kStages;
+    return shared_ + index * S::kSlotBytes;
   }
 
  private:

@@ -17,13 +17,15 @@ SCHEMA_VERSION = 1
 
 
 def commit() -> str:
-    """The commit of this checkout, marked where files differ from it; FOLDKV_COMMIT where there is no git."""
+    """The commit of this checkout, marked where files differ from it. FOLDKV_COMMIT says it for a copy without its history."""
+    if named := os.environ.get("FOLDKV_COMMIT"):
+        return named
     root = Path(__file__).resolve().parents[2]
     try:
         words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FOLDKV_COMMIT", "unknown")
+        return "unknown"
 
 
 def stamp(device: str, command: str) -> dict[str, Any]:
