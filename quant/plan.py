@@ -6,10 +6,10 @@ partial per chunk; the merge reads them in chunk order. All cuts give the same b
 
 The plan buffer is int32: a header of 12 (number of items, of merges, of partials used, index of the first merge, status,
 chunk units, chunk size, tile_q, index of the first item, num_workers, units of a worker's share, the most queries of a tile
-among the merges), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds,
-row of the first query in q, its position, start, seq_len, 0), then merges of 12 (seq, q_begin, q_count, first_partial,
-parts, row of the first query, zeros). All units lie in a row, tile after tile; worker w has the items that begin in its share
-w * share .. (w + 1) * share - 1.
+among the merges), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count,
+chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start, seq_len, 0), then
+merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query, zeros). All units lie in a row, tile after
+tile; worker w has the items that begin in its share w * share .. (w + 1) * share - 1.
 """
 
 from __future__ import annotations

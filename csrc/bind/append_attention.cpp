@@ -142,17 +142,15 @@ AttendParams attend_params(const AttendTensors& t, double softmax_scale, int64_t
   return p;
 }
 
-#define FOLDKV_ATTENTION_ARGUMENTS                                                                                     \
-  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &k_meta, const Tensor &v_meta,           \
-      const Tensor &k_params, const Tensor &v_params, const Tensor &block_table, const Tensor &seq_lens,               \
-      const Tensor &cu_seqlens_q, const OptionalTensor &seq_starts, const Tensor &plan, const Tensor &workspace,       \
-      const Tensor &out, const OptionalTensor &lse, const OptionalTensor &sinks, double softmax_scale,                 \
+#define FOLDKV_ATTENTION_ARGUMENTS                                                                               \
+  const Tensor &q, const Tensor &k_cache, const Tensor &v_cache, const Tensor &k_meta, const Tensor &v_meta,     \
+      const Tensor &k_params, const Tensor &v_params, const Tensor &block_table, const Tensor &seq_lens,         \
+      const Tensor &cu_seqlens_q, const OptionalTensor &seq_starts, const Tensor &plan, const Tensor &workspace, \
+      const Tensor &out, const OptionalTensor &lse, const OptionalTensor &sinks, double softmax_scale,           \
       int64_t window_left, double softcap, int64_t k_format, int64_t v_format, int64_t page_size
-#define FOLDKV_ATTENTION_TENSORS                                                                                       \
-  {                                                                                                                    \
-    q, k_cache, v_cache, k_meta, v_meta, k_params, v_params, block_table, seq_lens, cu_seqlens_q, seq_starts, plan,    \
-        workspace, out, lse, sinks                                                                                     \
-  }
+#define FOLDKV_ATTENTION_TENSORS                                                           \
+  {q,        k_cache,      v_cache,    k_meta, v_meta,    k_params, v_params, block_table, \
+   seq_lens, cu_seqlens_q, seq_starts, plan,   workspace, out,      lse,      sinks}
 
 void append_attention_cpu(FOLDKV_ATTENTION_ARGUMENTS) {
   check_cpu();
@@ -185,9 +183,7 @@ void append_attention_cuda(FOLDKV_ATTENTION_ARGUMENTS) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(foldkv, CPU, m) {
-  m.impl("append_attention", TORCH_BOX(&append_attention_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(foldkv, CPU, m) { m.impl("append_attention", TORCH_BOX(&append_attention_cpu)); }
 
 #ifdef FOLDKV_HAS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(foldkv, CUDA, m) { m.impl("append_attention", TORCH_BOX(&append_attention_cuda)); }

@@ -14,7 +14,17 @@ constexpr int kPlanHeader = 12;
 constexpr int kPlanEntry = 12;
 constexpr int kMaxWorkers = 4096;
 enum PlanHeaderField {
-  kNumItems, kNumMerges, kNumPartials, kMergeAt, kStatus, kUnits, kPlanChunk, kPlanTile, kItemAt, kNumWorkers, kShare,
+  kNumItems,
+  kNumMerges,
+  kNumPartials,
+  kMergeAt,
+  kStatus,
+  kUnits,
+  kPlanChunk,
+  kPlanTile,
+  kItemAt,
+  kNumWorkers,
+  kShare,
   kMergeQueries  // the most queries of a tile among the merges
 };
 

@@ -19,9 +19,8 @@ void for_tiles(const PlanParams& p, Fn fn) {
     const int start = p.seq_starts != nullptr && p.seq_starts[b] > 0 ? p.seq_starts[b] : 0;
     for (int q_begin = 0; q_begin < q_len; q_begin += p.tile_q) {
       const int q_count = q_len - q_begin < p.tile_q ? q_len - q_begin : p.tile_q;
-      fn(Tile{b, q_begin, q_count,
-              tile_chunks(seq_len, q_len, q_begin, q_count, start, p.window_left, p.chunk_size), q_row + q_begin,
-              seq_len - q_len + q_begin, start, seq_len});
+      fn(Tile{b, q_begin, q_count, tile_chunks(seq_len, q_len, q_begin, q_count, start, p.window_left, p.chunk_size),
+              q_row + q_begin, seq_len - q_len + q_begin, start, seq_len});
     }
   }
 }
@@ -59,9 +58,13 @@ bool plan(const PlanParams& p) {
       if (partial >= 0) {
         used = wanted;
         merge_queries = tile.q_count > merge_queries ? tile.q_count : merge_queries;
-        merges[num_merges++] = {
-            tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial), static_cast<int32_t>(parts),
-            tile.q_row, {}};
+        merges[num_merges++] = {tile.seq,
+                                tile.q_begin,
+                                tile.q_count,
+                                static_cast<int32_t>(partial),
+                                static_cast<int32_t>(parts),
+                                tile.q_row,
+                                {}};
       }
     }
     const int64_t first_cut = cut;

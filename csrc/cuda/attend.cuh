@@ -14,7 +14,7 @@ template <class K, class V, int D, int kMaxTiles>
 class Attention {
   using S = Shape<K, V, D, kMaxTiles>;
   using Rows = RowInfo<S::kRowsAt, S::kMaxRows>;
-  static constexpr int kSlices = D / 32;                // of 32 channels
+  static constexpr int kSlices = D / 32;  // of 32 channels
   static constexpr int kOwn = (kSlices + kWarps - 1) / kWarps;  // slices of a warp: warp, warp + 4
   static constexpr int kKWords = K::kBits / 4, kVWords = V::kBits / 4;
 
@@ -73,8 +73,8 @@ class Attention {
   // What a pass is about, in shared memory, to spare registers.
   struct Current {
     Pass pass;
-    int rows;           // query rows of the pass
-    int q_row, q_count; // as in WorkItem
+    int rows;  // query rows of the pass
+    int q_row, q_count;  // as in WorkItem
     int chunk_begin, first_partial, folds;
   };
   static_assert(sizeof(Current) <= 64, "room for it");
@@ -158,7 +158,8 @@ class Attention {
       for (int i = 0; i < kSlices; ++i) {
         const float scaled = x[i] * scale;
         const uint32_t value = K::Math::pack(scaled * query_factor(), 0.0f);
-        *reinterpret_cast<uint16_t*>(shared_memory + S::query_at(r, i) + query_place() * 2) = static_cast<uint16_t>(value);
+        *reinterpret_cast<uint16_t*>(shared_memory + S::query_at(r, i) + query_place() * 2) =
+            static_cast<uint16_t>(value);
         rounded += K::Math::unpack(value).x / query_factor();
         sum += scaled;
       }
@@ -226,7 +227,8 @@ class Attention {
 
   // Words of kSpan slices, from `slice` on, of a warp's 16 tokens; `row`: this lane's row, unit 0.
   static constexpr int kSpan = K::kBits == 4 ? 2 : 1;
-  __device__ __forceinline__ static void load_keys(uint32_t (&word)[kSpan][kKWords][2], int slice, uint32_t row, int swizzle, int high) {
+  __device__ __forceinline__ static void load_keys(uint32_t (&word)[kSpan][kKWords][2], int slice, uint32_t row,
+                                                   int swizzle, int high) {
     constexpr int kUnits = S::kKRow / 16;
 #pragma unroll
     for (int i = 0; i < kSpan * kKWords; i += 2) {
@@ -403,7 +405,8 @@ class Attention {
   }
 
   // Raw scales of V of tokens key + g and key + g + 8; 0 for tokens that no query sees, whose bytes are anybody's.
-  __device__ __forceinline__ void load_v_scales(uint32_t slot, int row0, int key, bool whole, uint32_t (&v_raw)[2]) const {
+  __device__ __forceinline__ void load_v_scales(uint32_t slot, int row0, int key, bool whole,
+                                                uint32_t (&v_raw)[2]) const {
     v_raw[0] = v_raw[1] = 0;
     if constexpr (V::kInteger) {
       if (!p_.v_cache.format.dynamic) return;
@@ -420,8 +423,8 @@ class Attention {
 
   // The warp's maxima of query tile n, for all warps: of log2(weight * scale of V), up to a constant.
   template <int N, int kTiles>
-  __device__ __forceinline__ void share_max(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2], bool v_dynamic,
-                            int n) const {
+  __device__ __forceinline__ void share_max(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2],
+                                            bool v_dynamic, int n) const {
     float highest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int at = 0; at < kTiles; ++at) {
@@ -451,8 +454,8 @@ class Attention {
 
   // The weights of query tile n go to shared memory; what is there of the chunk is scaled to the new maximum.
   template <int N, int kTiles>
-  __device__ __forceinline__ void weights(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2], bool v_dynamic,
-                          int num_tiles, int n, Outputs<N>& out) const {
+  __device__ __forceinline__ void weights(const float (&x)[kTiles][N][4], const uint32_t (&v_raw)[kTiles][2],
+                                          bool v_dynamic, int num_tiles, int n, Outputs<N>& out) const {
     float2 highest = pair(Rows::warp_max(), n);
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) {
@@ -462,11 +465,16 @@ class Attention {
     }
     const int2 before = mine(Rows::chunk_max(), n);
     const int2 max = make_int2(round_max(highest.x, before.x), round_max(highest.y, before.y));
-    if constexpr (kTiles * 64 < kChunkSize) {
+    // Where a chunk has several blocks, what there is of it; once the maximum has settled there is nothing to do.
+    const bool grown = before.x != max.x || before.y != max.y;
+    if (kTiles * 64 < kChunkSize && __any_sync(kFullWarp, grown)) {
       const float scale[2] = {exp2_integer(before.x - max.x), exp2_integer(before.y - max.y)};
-      const float2 total = mine(Rows::chunk_total(), n), zeros = mine(Rows::chunk_zeros(), n);
+      const float2 total = mine(Rows::chunk_total(), n);
       set_mine(Rows::chunk_total(), n, make_float2(total.x * scale[0], total.y * scale[1]));
-      set_mine(Rows::chunk_zeros(), n, make_float2(zeros.x * scale[0], zeros.y * scale[1]));
+      if constexpr (V::kInteger) {
+        const float2 zeros = mine(Rows::chunk_zeros(), n);
+        set_mine(Rows::chunk_zeros(), n, make_float2(zeros.x * scale[0], zeros.y * scale[1]));
+      }
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
 #pragma unroll
@@ -476,7 +484,7 @@ class Attention {
         }
       }
     }
-    set_mine(Rows::chunk_max(), n, max);
+    if (kTiles * 64 == kChunkSize || __any_sync(kFullWarp, grown)) set_mine(Rows::chunk_max(), n, max);
     const float offset[2] = {max.x == kEmpty ? 0.0f : static_cast<float>(max.x) - V::Math::kBoost,
                              max.y == kEmpty ? 0.0f : static_cast<float>(max.y) - V::Math::kBoost};
     float total[2] = {0.0f, 0.0f}, taken[2] = {0.0f, 0.0f};
@@ -522,7 +530,8 @@ class Attention {
   }
 
   __device__ __forceinline__ void gather_sums(int n) const {
-    float2 total = mine(Rows::chunk_total(), n), zeros = mine(Rows::chunk_zeros(), n);
+    float2 total = mine(Rows::chunk_total(), n), zeros = make_float2(0.0f, 0.0f);
+    if constexpr (V::kInteger) zeros = mine(Rows::chunk_zeros(), n);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float4 sums = *reinterpret_cast<const float4*>(Rows::warp_sum() + w * S::kMaxRows + 8 * n + 2 * t_);
@@ -532,7 +541,7 @@ class Attention {
       zeros.y += sums.w;
     }
     set_mine(Rows::chunk_total(), n, total);
-    set_mine(Rows::chunk_zeros(), n, zeros);
+    if constexpr (V::kInteger) set_mine(Rows::chunk_zeros(), n, zeros);
   }
 
   // Numbers of this thread's two columns; in arrays of all warps, and in this warp's part of [kWarps][S::kMaxRows].
@@ -542,7 +551,9 @@ class Attention {
   __device__ __forceinline__ void set_pair(float* numbers, int n, float2 x) const {
     *reinterpret_cast<float2*>(numbers + 8 * n + 2 * t_) = x;
   }
-  __device__ __forceinline__ float2 mine(const float* numbers, int n) const { return pair(numbers + warp_ * S::kMaxRows, n); }
+  __device__ __forceinline__ float2 mine(const float* numbers, int n) const {
+    return pair(numbers + warp_ * S::kMaxRows, n);
+  }
   __device__ __forceinline__ int2 mine(const int* numbers, int n) const {
     return *reinterpret_cast<const int2*>(numbers + warp_ * S::kMaxRows + 8 * n + 2 * t_);
   }
@@ -609,7 +620,8 @@ class Attention {
   }
 
   // Words of a slice of 32 channels of a k-step, or of both at once: [k-step][unit][tokens 0..7, 8..15].
-  __device__ __forceinline__ static void load_values(uint32_t (&word)[2][kVWords][2], int step, uint32_t at, int slice, int lane) {
+  __device__ __forceinline__ static void load_values(uint32_t (&word)[2][kVWords][2], int step, uint32_t at, int slice,
+                                                     int lane) {
     constexpr int kUnits = S::kVRow / 16;
     if constexpr (kVWords == 1) {
       if (step == 0) {
@@ -660,12 +672,15 @@ class Attention {
       if (now.folds) {
         fold_chunk<N>(run, out);
       } else {
-        save<N>(now.first_partial + (chunk - now.chunk_begin) * now.q_count, Rows::chunk_max(), Rows::chunk_total(), out);
+        save<N>(now.first_partial + (chunk - now.chunk_begin) * now.q_count, Rows::chunk_max(), Rows::chunk_total(),
+                out);
       }
     }
     if (!now.folds) return;
     if constexpr (S::kWide) {
-      for_running<N>(out, [](float4& kept, float (&mine)[4]) { mine[0] = kept.x, mine[1] = kept.y, mine[2] = kept.z, mine[3] = kept.w; });
+      for_running<N>(out, [](float4& kept, float (&mine)[4]) {
+        mine[0] = kept.x, mine[1] = kept.y, mine[2] = kept.z, mine[3] = kept.w;
+      });
     } else {
       copy_outputs<N>(run, out);
     }
@@ -721,7 +736,9 @@ class Attention {
     }
   }
 
-  __device__ __forceinline__ static bool has_slice(int own) { return static_cast<int>(threadIdx.x / 32) + own * kWarps < kSlices; }
+  __device__ __forceinline__ static bool has_slice(int own) {
+    return static_cast<int>(threadIdx.x / 32) + own * kWarps < kSlices;
+  }
 
   // Where a thread of a wide tile keeps a fragment of its running sums.
   template <int N>
@@ -787,7 +804,8 @@ class Attention {
   }
 
   template <int N>
-  __device__ __forceinline__ void save(int64_t partial, const int* maxima, const float* totals, const Outputs<N>& out) const {
+  __device__ __forceinline__ void save(int64_t partial, const int* maxima, const float* totals,
+                                       const Outputs<N>& out) const {
     const int rows = current().rows;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -855,7 +873,8 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxTiles>::kBlocksPe
   int worker = blockIdx.x / p.h_kv;
   // All that can be known at once is asked for at once: each wait for memory delays a short batch as a whole. The worker's
   // entry may lie past the table, but not past the plan, which has more entries than workers.
-  const int4 head = *reinterpret_cast<const int4*>(plan + kStatus), more = *reinterpret_cast<const int4*>(plan + kItemAt);
+  const int4 head = *reinterpret_cast<const int4*>(plan + kStatus),
+             more = *reinterpret_cast<const int4*>(plan + kItemAt);
   const int last_entry = plan_item_at(kMaxWorkers) - kPlanHeader - 2;
   const int32_t* first = plan + kPlanHeader;
   const int known = min(min(worker, last_entry), static_cast<int>(p.plan_ints) - kPlanHeader - 2);

@@ -22,8 +22,8 @@ struct Swizzle {
 // row's bits depend on how many rows its own sequence has, not on which kernel serves it.
 constexpr int kNarrowBlock = 256, kWideBlock = 64;
 
-// K, V: codecs. kMaxTiles: of 8 query rows that share a pass: 1 (decode; most blocks a multiprocessor), 2 or 4
-// (speculative decode, large query groups) or 8 (prefill).
+// K, V: codecs. kMaxTiles: of 8 query rows that share a pass: 1 (decode; most blocks a multiprocessor), 4 (speculative
+// decode, large query groups; 2 for twice the channels) or 8 (prefill).
 template <class K, class V, int D, int MaxTiles>
 struct Shape {
   static constexpr int kMaxTiles = MaxTiles, kMaxRows = 8 * kMaxTiles;
@@ -37,7 +37,7 @@ struct Shape {
   static constexpr int kMetaBytes = kStageTokens * 4;
   static constexpr int kSlotBytes = kStageBytes + (K::kInteger ? kMetaBytes : 0) + (V::kInteger ? kMetaBytes : 0);
   static constexpr int kKMeta = kStageBytes, kVMeta = kStageBytes + (K::kInteger ? kMetaBytes : 0);
-  static constexpr int kQueueBytes = kMaxTiles == 1 ? 48 << 10 : kMaxTiles == 2 ? 44 << 10 : kMaxTiles < 8 ? 60 << 10 : 36 << 10;
+  static constexpr int kQueueBytes = kMaxTiles == 1 ? 48 << 10 : kMaxTiles < 8 ? 60 << 10 : 36 << 10;
   static constexpr int kFit = kQueueBytes / kSlotBytes;
   static constexpr int kLeast = kMaxTiles < 8 ? 3 : 2;  // prefill has more to compute than to fetch
   static constexpr int kStages = kFit < kLeast ? kLeast : kFit > 10 ? 10 : kFit;
@@ -71,10 +71,9 @@ struct Shape {
   static constexpr int kPassAt = kCursorAt + kWarps * 80;
   static constexpr int kSharedBytes = kPassAt + 64;
 
-  static constexpr int kBlocksPerSm = kMaxTiles == 2 && kSharedBytes <= 74 << 10 && D <= 128 ? 3
-                                      : kMaxTiles > 1 ? (kSharedBytes <= 113 << 10 ? 2 : 1)
-                                      : D > 128                ? 2
-                                      : kSharedBytes <= 57088  ? 4
+  static constexpr int kBlocksPerSm = kMaxTiles > 1              ? (kSharedBytes <= 113 << 10 ? 2 : 1)
+                                      : D > 128                  ? 2
+                                      : kSharedBytes <= 57088    ? 4
                                       : kSharedBytes <= 74 << 10 ? 3
                                                                  : 2;
 

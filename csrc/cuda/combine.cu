@@ -75,7 +75,8 @@ class Parts {
     for (int piece = threadIdx.x; piece < kStep<D> * kPieces; piece += kThreads) {
       const int part = step * kStep<D> + piece / kPieces;
       if (part >= count_) break;
-      copy_async(to + piece * 16, partial_at(p_, first_ + static_cast<int64_t>(part) * stride_, head_, D).out + piece % kPieces * 4);
+      copy_async(to + piece * 16,
+                 partial_at(p_, first_ + static_cast<int64_t>(part) * stride_, head_, D).out + piece % kPieces * 4);
     }
     copy_commit();
   }
@@ -86,7 +87,8 @@ class Parts {
 };
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ AttendParams p, bool integer, float boost) {
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const __grid_constant__ AttendParams p, bool integer, float boost) {
   constexpr int kEach = (D + kThreads - 1) / kThreads;
   __shared__ Factors factors;
   __shared__ float sums[D];
@@ -146,8 +148,10 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 }
 
 template <int D>
-cudaError_t launch(const AttendParams& p, bool integer, float boost, int num_blocks, bool overlap, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(combine_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes<D>);
+cudaError_t launch(const AttendParams& p, bool integer, float boost, int num_blocks, bool overlap,
+                   cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(combine_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes<D>);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -164,7 +168,8 @@ cudaError_t launch(const AttendParams& p, bool integer, float boost, int num_blo
 
 }  // namespace
 
-cudaError_t combine(const AttendParams& p, bool integer, float boost, int num_blocks, bool overlap, cudaStream_t stream) {
+cudaError_t combine(const AttendParams& p, bool integer, float boost, int num_blocks, bool overlap,
+                    cudaStream_t stream) {
   switch (p.d) {
     case 64: return launch<64>(p, integer, boost, num_blocks, overlap, stream);
     case 96: return launch<96>(p, integer, boost, num_blocks, overlap, stream);

@@ -12,7 +12,7 @@ namespace {
 constexpr int kMaxEach = kMaxHeadDim / 32;  // channels of a lane
 
 struct Row {
-  float q[kMaxHeadDim];     // the query, transformed as K is; static scale folded in
+  float q[kMaxHeadDim];  // the query, transformed as K is; static scale folded in
   float zero[kMaxHeadDim];  // of K: static zeros; then room for the output
 };
 
@@ -33,7 +33,8 @@ struct TokenScale {
   float scale, zero;
 };
 
-__device__ __forceinline__ TokenScale token_scale(const AttendParams& p, const Cache& cache, int64_t page, int head, int offset) {
+__device__ __forceinline__ TokenScale token_scale(const AttendParams& p, const Cache& cache, int64_t page, int head,
+                                                  int offset) {
   const Format& f = cache.format;
   const float mid = static_cast<float>(1 << (bits_of(f.codec) - 1));
   if (!f.dynamic) return {1.0f, 0.0f};
@@ -95,7 +96,8 @@ __device__ float prepare(const AttendParams& p, Row& row, int64_t q_at, int kv_h
 }
 
 // Undo V's transform, weigh in the sink, normalise, write.
-__device__ void finish(const AttendParams& p, float* x, int row, int head, int kv_head, float max, float total, bool bad, int lane) {
+__device__ void finish(const AttendParams& p, float* x, int row, int head, int kv_head, float max, float total,
+                       bool bad, int lane) {
   const Format& f = p.v_cache.format;
   const float* params = p.v_cache.params + static_cast<int64_t>(kv_head) * p.d;
   const int64_t stride = static_cast<int64_t>(p.h_kv) * p.d;
@@ -104,7 +106,8 @@ __device__ void finish(const AttendParams& p, float* x, int row, int head, int k
       for (int c = lane; c < p.d; c += 32) x[c] *= params[kScale * stride + c];
     }
     if (f.rotate) rotate(x, p.d, lane);
-    for (int c = lane; c < p.d; c += 32) x[c] = x[c] * params[kBalance * stride + c] + params[kMean * stride + c] * total;
+    for (int c = lane; c < p.d; c += 32)
+      x[c] = x[c] * params[kBalance * stride + c] + params[kMean * stride + c] * total;
   }
   float scale = 1.0f;
   if (p.sinks != nullptr) {
@@ -140,7 +143,8 @@ __device__ void attend_row(const AttendParams& p, Row& shared, int row, int head
   bool bad = false;
   const float base = prepare(p, shared, row * p.q.token_stride + head * p.q.head_stride, kv_head, lane, bad);
   const int32_t* table = p.block_table + seq * p.table_stride;
-  const int k_row = row_bytes(bits_of(p.k_cache.format.codec), p.d), v_row = row_bytes(bits_of(p.v_cache.format.codec), p.d);
+  const int k_row = row_bytes(bits_of(p.k_cache.format.codec), p.d),
+            v_row = row_bytes(bits_of(p.v_cache.format.codec), p.d);
   const float* v_zero = p.v_cache.params + (static_cast<int64_t>(kZero) * p.h_kv + kv_head) * p.d;
   const bool v_static = is_integer(p.v_cache.format.codec) && !p.v_cache.format.dynamic;
   float x[kMaxEach] = {}, max = -INFINITY, total = 0.0f;
@@ -151,7 +155,8 @@ __device__ void attend_row(const AttendParams& p, Row& shared, int row, int head
     float logit = -INFINITY;
     TokenScale v_scale = {0.0f, 0.0f};
     if (mine) {
-      const uint8_t* codes = p.k_cache.codes + token_offset(page, kv_head, key % p.page_size, p.h_kv, p.page_size, k_row);
+      const uint8_t* codes =
+          p.k_cache.codes + token_offset(page, kv_head, key % p.page_size, p.h_kv, p.page_size, k_row);
       const TokenScale k_scale = token_scale(p, p.k_cache, page, kv_head, key % p.page_size);
       float dot = 0.0f;
       for (int c = 0; c < p.d; ++c) {
@@ -170,7 +175,8 @@ __device__ void attend_row(const AttendParams& p, Row& shared, int row, int head
     for (int t = 0; t < count; ++t) {
       const float w = __shfl_sync(kFullWarp, weight * v_scale.scale, t), zero = __shfl_sync(kFullWarp, v_scale.zero, t);
       const int64_t at = __shfl_sync(kFullWarp, page, t);
-      const uint8_t* codes = p.v_cache.codes + token_offset(at, kv_head, (begin + t) % p.page_size, p.h_kv, p.page_size, v_row);
+      const uint8_t* codes =
+          p.v_cache.codes + token_offset(at, kv_head, (begin + t) % p.page_size, p.h_kv, p.page_size, v_row);
 #pragma unroll
       for (int i = 0; i < kMaxEach; ++i) {
         const int c = lane + 32 * i;
@@ -193,7 +199,8 @@ __global__ void __launch_bounds__(kThreads) generic_kernel(const __grid_constant
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t jobs = static_cast<int64_t>(p.num_rows) * p.h_q;
   const int used = p.cu_seqlens_q[p.batch];
-  for (int64_t job = static_cast<int64_t>(blockIdx.x) * kWarps + warp; job < jobs; job += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t job = static_cast<int64_t>(blockIdx.x) * kWarps + warp; job < jobs;
+       job += static_cast<int64_t>(gridDim.x) * kWarps) {
     const int row = static_cast<int>(job / p.h_q), head = static_cast<int>(job % p.h_q);
     if (row < used) {
       attend_row(p, rows[warp], row, head, lane);

@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     const int64_t at = begun + scan.exclusive(size, round_units);
     begun += round_units;
     const int64_t worker = static_cast<uint32_t>(at) / static_cast<uint32_t>(share);  // units fit the header's int32
-    const int cuts = valid ? static_cast<int>(static_cast<uint32_t>(at + size - 1) / static_cast<uint32_t>(share) - worker) : 0;
+    const int cuts =
+        valid ? static_cast<int>(static_cast<uint32_t>(at + size - 1) / static_cast<uint32_t>(share) - worker) : 0;
     const int first = valid ? held.chunks.begin : 0, last = valid ? held.chunks.end : 0;
     const int cut = cuts > 0 ? first + static_cast<int>((worker + 1) * share - at) : last;
 

@@ -22,9 +22,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // --- asynchronous copies ---------------------------------------------------------------------------------------------
 
 // Ask for a line of global memory; nobody waits.
-__device__ __forceinline__ void prefetch(const void* global) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
-}
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
 
 // 16 bytes from global to shared memory; bytes past `valid` become zero and are not fetched.
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int valid) {
@@ -67,7 +65,10 @@ __device__ __forceinline__ void load_tiles_transposed(uint32_t (&r)[4], uint32_t
 // 16 bytes a lane.
 __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   uint4 r;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(at) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "r"(at)
+               : "memory");
   return r;
 }
 

@@ -22,14 +22,14 @@ cudaError_t launch_variant(const AttendParams& p, int tiles, int num_blocks, cud
   // Registers are the limit: twice the channels leave them for half the rows, and so do codes on the way to fragments.
   constexpr int kMiddle = D > 128 ? 2 : 4, kWidest = D > 128 || K::kInteger || V::kInteger ? kMiddle : 8;
   if (tiles <= 1) return launch_attend<K, V, D, 1>(p, num_blocks, stream);
-  if (tiles <= 2) return launch_attend<K, V, D, 2>(p, num_blocks, stream);
   if (tiles <= kMiddle) return launch_attend<K, V, D, kMiddle>(p, num_blocks, stream);
   return launch_attend<K, V, D, kWidest>(p, num_blocks, stream);
 }
 
 }  // namespace foldkv::cuda
 
-#define FOLDKV_INSTANTIATE(K, V, D) \
-  cudaError_t foldkv::cuda::attend_##K##_##V##_##D(const AttendParams& p, int tiles, int num_blocks, cudaStream_t stream) { \
-    return launch_variant<K, V, D>(p, tiles, num_blocks, stream); \
+#define FOLDKV_INSTANTIATE(K, V, D)                                                                  \
+  cudaError_t foldkv::cuda::attend_##K##_##V##_##D(const AttendParams& p, int tiles, int num_blocks, \
+                                                   cudaStream_t stream) {                            \
+    return launch_variant<K, V, D>(p, tiles, num_blocks, stream);                                    \
   }

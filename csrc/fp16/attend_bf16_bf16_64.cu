@@ -1,4 +1,4 @@
-#include "fp16/codec.cuh"
 #include "cuda/variant.cuh"
+#include "fp16/codec.cuh"
 
 FOLDKV_INSTANTIATE(Bf16, Bf16, 64)

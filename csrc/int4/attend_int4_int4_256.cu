@@ -1,4 +1,4 @@
-#include "int4/codec.cuh"
 #include "cuda/variant.cuh"
+#include "int4/codec.cuh"
 
 FOLDKV_INSTANTIATE(Int4, Int4, 256)

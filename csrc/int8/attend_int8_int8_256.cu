@@ -1,4 +1,4 @@
-#include "int8/codec.cuh"
 #include "cuda/variant.cuh"
+#include "int8/codec.cuh"
 
 FOLDKV_INSTANTIATE(Int8, Int8, 256)
