@@ -22,6 +22,14 @@ struct Swizzle {
 // row's bits depend on how many rows its own sequence has, not on which kernel serves it.
 constexpr int kNarrowBlock = 256, kWideBlock = 64;
 
+// Blocks of the decode kernel that a multiprocessor holds; before sm_90 there is shared memory for no more than two, and
+// registers need not be saved for a fourth.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostBlocks = 3;
+#else
+constexpr int kMostBlocks = 4;
+#endif
+
 // K, V: codecs. kMaxTiles: of 8 query rows that share a pass: 1 (decode; most blocks a multiprocessor), 4 (speculative
 // decode, large query groups; 2 for twice the channels) or 8 (prefill).
 template <class K, class V, int D, int MaxTiles>
@@ -73,7 +81,7 @@ struct Shape {
 
   static constexpr int kBlocksPerSm = kMaxTiles > 1              ? (kSharedBytes <= 113 << 10 ? 2 : 1)
                                       : D > 128                  ? 2
-                                      : kSharedBytes <= 57088    ? 4
+                                      : kSharedBytes <= 57088    ? kMostBlocks
                                       : kSharedBytes <= 74 << 10 ? 3
                                                                  : 2;
 

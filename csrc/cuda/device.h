@@ -8,7 +8,7 @@ namespace foldkv::cuda {
 constexpr int kBlocksPerSm = 4;  // as quant.plan.BLOCKS_PER_SM
 
 struct Device {
-  int num_sms, major;
+  int num_sms, major, max_shared;  // bytes of shared memory that a block may have
 };
 
 inline cudaError_t current_device(Device& device) {
@@ -20,6 +20,9 @@ inline cudaError_t current_device(Device& device) {
   Device found = index < kMaxDevices ? known[index] : Device{};
   if (found.num_sms == 0) {
     error = cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, index);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&found.max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    }
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&found.num_sms, cudaDevAttrMultiProcessorCount, index);
     if (error != cudaSuccess) return error;
     if (index < kMaxDevices) known[index] = found;
