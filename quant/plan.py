@@ -26,6 +26,7 @@ from .spec import check_head_dim, check_page_size
 
 HEADER, ENTRY = 12, 12
 MAX_WORKERS = 4096
+_STATUS = 4  # of the header; csrc/core/schedule.h has the values
 CHUNK_SIZE = 256
 # Query rows of a tile: what the CPU keeps in registers; what a block on a GPU makes one pass over the keys with.
 TILE_ROWS = {"cpu": 16, "cuda": 64}
@@ -219,3 +220,17 @@ class Plan:
         """Plan for these lengths: int32 `seq_lens` `[b]`, `cu_seqlens_q` `[b + 1]`, `seq_starts` `[b]` (left padding)."""
         limits = self.capacity.limits
         torch.ops.foldkv.plan(seq_lens, cu_seqlens_q, seq_starts, self.buffer, self.window_left, *limits)
+
+    def check(self) -> None:
+        """Raise ArgumentError where the last update could not be planned. A GPU cannot say so at once: outputs are NaN there.
+
+        Waits for the device; not for use while a graph is captured.
+        """
+        status = int(self.buffer[_STATUS])
+        if status:
+            sizes = f"{self.capacity.max_tiles} query tiles of {self.capacity.tile_q} tokens"
+            wanted, fix = {
+                1: (f"at most {sizes} (Capacity.max_batch and max_q_tokens)", "plan with a larger Capacity"),
+                2: ("lengths >= 0 and cu_seqlens_q from 0 on without falling", "look at seq_lens and cu_seqlens_q"),
+            }.get(status, ("a work list", "call Plan.update first"))
+            raise ArgumentError(describe("plan", wanted, f"a batch that is not (status {status})", fix))

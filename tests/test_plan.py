@@ -8,11 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 from hypothesis import given, settings
-from ops_helpers import int32
+from ops_helpers import fails, int32
 from plan_helpers import Step, bounds, planned
 from plan_strategies import steps
 
 from quant import backend
+from quant.errors import ArgumentError
 from quant.plan import CHUNK_SIZE, HEADER, Capacity, Plan, reference_plan
 
 compiled = pytest.mark.skipif(not backend.has_kernels("cpu"), reason="the extension is not built")
@@ -148,3 +149,16 @@ def test_too_many_tiles_leave_the_buffer_alone() -> None:
         plan.update(int32(5, 5, 5), int32(0, 1, 2, 3))
     assert set(plan.buffer.tolist()) == {-77}
     assert torch.count_nonzero(plan.workspace) == 0
+
+
+def test_a_plan_that_could_not_be_made_says_so() -> None:
+    """As a GPU leaves it: the CPU raises at once."""
+    plan = Plan(Capacity(2, 4, 1024, 1024, 2, 2, 64, 16))
+    plan.update(int32(5, 5), int32(0, 1, 2))
+    plan.check()
+    plan.buffer[4] = 1
+    with fails("plan: expected at most 2 query tiles of 16 tokens", ArgumentError):
+        plan.check()
+    plan.buffer[4] = 2
+    with fails("plan: expected lengths >= 0", ArgumentError):
+        plan.check()
