@@ -295,3 +295,50 @@ def check_attention(batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
     assert norm_error(out, want) <= limit
     assert lse_error[0] <= lse_limit
     return out, lse
+
+
+# What the tests of attention ask for besides a batch; `with_sinks` fills in what "sinks" stands for.
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"window_size": (100, 0)},
+    {"softcap": 3.0, "sinks": True},
+    {"softmax_scale": 0.31, "window_size": (0, 0)},
+    {"window_size": (280, -1), "softcap": 20.0, "sinks": True},
+]
+
+
+def with_sinks(options: dict[str, Any], h_q: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    return options | ({"sinks": torch.randn(h_q).to(device)} if options.get("sinks") else {})
+
+
+def check_idempotent(source: Source, slots: Tensor) -> None:
+    """Rows of `source` written in another order, one by one, over a draft and twice leave the bytes of writing once."""
+    one, draft = source.sequence(len(slots), 0), source.sequence(12, 0)
+    once = source.pages(4)
+    again = twin(once)
+    ops.append_kv(once, one.k, one.v, slots)
+    for i in torch.randperm(len(slots)).tolist():
+        ops.append_kv(again, one.k[i : i + 1], one.v[i : i + 1], slots[i : i + 1])
+    assert same_bytes(again, once)
+    ops.append_kv(again, draft.k, draft.v, slots[-12:])
+    assert not same_bytes(again, once)
+    ops.append_kv(again, one.k[-12:], one.v[-12:], slots[-12:])
+    assert same_bytes(again, once)
+    ops.append_kv(again, one.k, one.v, slots)
+    assert same_bytes(again, once)
+
+
+def check_merge(o: Tensor, lse: Tensor, ulps: int = 1) -> tuple[Tensor, Tensor]:
+    """Merge by the op, held to twice the error of plain fp32 and one rounding to the dtype, the LSE to `ulps` roundings."""
+    lse = lse.float()
+    got, got_lse = ops.merge(o, lse)
+    want, want_lse = reference.merge(o, lse)
+    weights = torch.softmax(lse, 0).nan_to_num()
+    plain = (torch.where(weights[..., None] > 0, o.float(), 0.0) * weights[..., None]).sum(0)
+    rounding = torch.finfo(o.dtype).eps / 2 * want.norm()
+    assert got.dtype == o.dtype and got_lse.dtype == torch.float32
+    assert (got.double() - want).norm() <= 2 * (plain.double() - want).norm() + rounding
+    seen = torch.isfinite(want_lse)
+    assert torch.equal(got_lse[~seen], want_lse[~seen].float())
+    torch.testing.assert_close(got_lse[seen].double(), want_lse[seen], rtol=ulps * 2**-23, atol=ulps * 2e-7)
+    return got, got_lse

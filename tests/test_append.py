@@ -14,6 +14,7 @@ from ops_helpers import (
     HEAD_DIMS,
     SPECS,
     Source,
+    check_idempotent,
     params_for,
     poisoned,
     pools,
@@ -124,21 +125,7 @@ def test_rope_before_quantisation(mode: str, d: int, rot: int, interleaved: bool
 @pytest.mark.parametrize("mode", SPECS)
 def test_appends_are_idempotent(mode: str) -> None:
     source = Source(SPECS[mode])
-    one, draft = source.sequence(40, 0), source.sequence(12, 0)
-    once = source.pages(4)
-    again = twin(once)
-    slots = shuffled_slots(40, once)
-    ops.append_kv(once, one.k, one.v, slots)
-    # Another order, one by one; then a draft over the newest tokens, taken back and written again.
-    for i in torch.randperm(40).tolist():
-        ops.append_kv(again, one.k[i : i + 1], one.v[i : i + 1], slots[i : i + 1])
-    assert same_bytes(again, once)
-    ops.append_kv(again, draft.k, draft.v, slots[-12:])
-    assert not same_bytes(again, once)
-    ops.append_kv(again, one.k[-12:], one.v[-12:], slots[-12:])
-    assert same_bytes(again, once)
-    ops.append_kv(again, one.k, one.v, slots)
-    assert same_bytes(again, once)
+    check_idempotent(source, shuffled_slots(40, source.pages(4)))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops_helpers import DTYPES, FORMATS, SPECS, Source, check_attention, make_ragged
+from ops_helpers import DTYPES, FORMATS, OPTIONS, SPECS, Source, check_attention, make_ragged, with_sinks
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -74,19 +74,6 @@ SHAPES = [
     (2, 1, 64, 16), (1, 2, 96, 64), (2, 4, 128, 32), (1, 7, 48, 128), (2, 8, 16, 16), (1, 16, 80, 32), (1, 20, 256, 64),
     (1, 2, 512, 16), (3, 3, 64, 128),
 ]  # fmt: skip
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"window_size": (100, 0)},
-    {"softcap": 3.0, "sinks": True},
-    {"softmax_scale": 0.31, "window_size": (0, 0)},
-    {"window_size": (280, -1), "softcap": 20.0, "sinks": True},
-]
-
-
-def with_sinks(options: dict[str, Any], h_q: int) -> dict[str, Any]:
-    return options | ({"sinks": torch.randn(h_q)} if options.get("sinks") else {})
-
-
 # Every mode with every shape; dtype, padding and the other options take turns.
 CASES = [
     (mode, *shape, DTYPES[(i + j) % 3], OPTIONS[(i + 2 * j) % 5], (i + j) % 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops_helpers import check_merge
 from torch import Tensor
 
 from quant import ops, reference
@@ -58,32 +59,16 @@ def test_one_part_is_itself_and_empty_parts_count_for_nothing() -> None:
 # --- the op -----------------------------------------------------------------------------------------------------------
 
 
-def check(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge by the op, held to twice the error of plain fp32 and one rounding to the dtype."""
-    lse = lse.float()
-    got, got_lse = ops.merge(o, lse)
-    want, want_lse = reference.merge(o, lse)
-    weights = torch.softmax(lse, 0).nan_to_num()
-    plain = (torch.where(weights[..., None] > 0, o.float(), 0.0) * weights[..., None]).sum(0)
-    rounding = torch.finfo(o.dtype).eps / 2 * want.norm()
-    assert got.dtype == o.dtype and got_lse.dtype == torch.float32
-    assert (got.double() - want).norm() <= 2 * (plain.double() - want).norm() + rounding
-    seen = torch.isfinite(want_lse)
-    assert torch.equal(got_lse[~seen], want_lse[~seen].float())
-    torch.testing.assert_close(got_lse[seen].double(), want_lse[seen], rtol=2**-23, atol=2e-7)
-    return got, got_lse
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "tokens", "h", "d"), [(1, 3, 2, 16), (2, 5, 8, 128), (9, 4, 1, 80), (40, 1, 3, 512)])
 def test_against_fp64(dtype: torch.dtype, n: int, tokens: int, h: int, d: int) -> None:
     o, lse = parts(n, tokens, h, d, dtype=dtype)
-    got, got_lse = check(o, lse)
+    got, got_lse = check_merge(o, lse)
     if n == 1:
         assert torch.equal(got, o[0]) and torch.equal(got_lse, lse[0].float())
     lse[torch.rand(lse.shape) < 0.4] = -INF
     o = o.masked_fill(torch.isneginf(lse)[..., None], float("nan"))
-    check(o, lse)
+    check_merge(o, lse)
 
 
 def test_no_part_at_all() -> None:

@@ -6,7 +6,19 @@ import itertools
 
 import pytest
 import torch
-from ops_helpers import DTYPES, FORMATS, SPECS, Source, params_for, poisoned, pools, same_bytes, strided, twin
+from ops_helpers import (
+    DTYPES,
+    FORMATS,
+    SPECS,
+    Source,
+    check_idempotent,
+    params_for,
+    poisoned,
+    pools,
+    same_bytes,
+    strided,
+    twin,
+)
 from torch import Tensor
 
 from quant import ops, reference
@@ -137,22 +149,7 @@ def test_ties_go_to_the_even_code(name: str) -> None:
 
 @pytest.mark.parametrize("mode", SPECS)
 def test_appends_are_idempotent(mode: str) -> None:
-    source = Source(SPECS[mode], d=96, device=DEVICE)
-    one, draft = source.sequence(40, 0), source.sequence(12, 0)
-    once = source.pages(4)
-    again = twin(once)
-    slots = torch.randperm(64)[:40].to(DEVICE)
-    ops.append_kv(once, one.k, one.v, slots)
-    # Another order, one by one; then a draft over the newest tokens, taken back and written again.
-    for i in torch.randperm(40).tolist():
-        ops.append_kv(again, one.k[i : i + 1], one.v[i : i + 1], slots[i : i + 1])
-    assert same_bytes(again, once)
-    ops.append_kv(again, draft.k, draft.v, slots[-12:])
-    assert not same_bytes(again, once)
-    ops.append_kv(again, one.k[-12:], one.v[-12:], slots[-12:])
-    assert same_bytes(again, once)
-    ops.append_kv(again, one.k, one.v, slots)
-    assert same_bytes(again, once)
+    check_idempotent(Source(SPECS[mode], d=96, device=DEVICE), torch.randperm(64)[:40].to(DEVICE))
 
 
 @pytest.mark.parametrize("name", FORMATS)

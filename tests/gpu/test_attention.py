@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops_helpers import Batch, make_batch, make_ragged, params_for
+from ops_helpers import OPTIONS, Batch, make_batch, make_ragged, params_for, with_sinks
 
 from quant.plan import Plan
 
@@ -30,18 +30,7 @@ SHAPES = [
     (2, 1, 64, 16), (8, 4, 64, 64), (1, 7, 64, 32), (1, 2, 96, 64), (2, 8, 96, 128), (2, 4, 128, 32), (8, 4, 128, 16),
     (1, 16, 128, 128), (1, 20, 128, 64), (4, 1, 256, 64), (1, 8, 256, 16),
 ]  # fmt: skip
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"window_size": (100, 0)},
-    {"softcap": 3.0, "sinks": True},
-    {"softmax_scale": 0.31, "window_size": (0, 0)},
-    {"window_size": (280, -1), "softcap": 20.0, "sinks": True},
-]
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-def with_sinks(options: dict[str, Any], h_q: int) -> dict[str, Any]:
-    return options | ({"sinks": torch.randn(h_q).to(DEVICE)} if options.get("sinks") else {})
 
 
 def plan_for(batch: Batch, options: dict[str, Any], workers: int = 0) -> Plan:
@@ -64,7 +53,7 @@ def test_against_fp64(
 ) -> None:  # fmt: skip
     source = make_source(mode, h_kv, group, d, page_size, dtype)
     batch = make_ragged(source, BATCHES[name], spare_rows=3)
-    options = with_sinks(options, h_kv * group)
+    options = with_sinks(options, h_kv * group, DEVICE)
     out, lse = check_precision(batch, plan_for(batch, options, workers), **options)
     assert out.is_contiguous() and not out[-3:].any() and torch.isneginf(lse[-3:]).all()
 
@@ -74,7 +63,7 @@ def test_against_fp64(
 @pytest.mark.parametrize("options", OPTIONS[:3:2], ids=["plain", "softcap-sinks"])
 def test_mixed_pairs(mode: str, name: str, options: dict[str, Any]) -> None:
     batch = make_ragged(make_source(mode, 2, 4, 128, 64), BATCHES[name])
-    options = with_sinks(options, 8)
+    options = with_sinks(options, 8, DEVICE)
     check_precision(batch, plan_for(batch, options), **options)
 
 
