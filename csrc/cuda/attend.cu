@@ -47,7 +47,7 @@ extern "C" int foldkv_cuda_append_attention(const foldkv::AttendParams* params, 
   // Rows of a sequence, if all had the same: what a shape can tell.
   const int64_t all = static_cast<int64_t>(p.num_rows) * (p.h_q / p.h_kv), batch = p.batch > 0 ? p.batch : 1;
   const int rows = static_cast<int>((all + batch - 1) / batch);
-  const int lanes = kBlocksPerSm * device.num_sms / p.h_kv;
+  const int lanes = p.grid_workers > 0 ? p.grid_workers : kBlocksPerSm * device.num_sms / p.h_kv;
   const int num_blocks = (lanes > 0 ? lanes : 1) * p.h_kv;
   const cudaError_t error = variant->launch(p, rows, num_blocks, device.max_shared, stream);
   if (error == cudaErrorNotSupported) return generic_attention(p, device.num_sms, stream);

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPer
   {
     if (worker >= more.y) end = begin;
     const auto* items = reinterpret_cast<const WorkItem*>(plan + more.x);
-    if (begin < end) Q::prefetch_rows(p, items[begin], block_index() % p.h_kv);
+    if (begin < end) Q::prefetch_rows(p, items[begin], block_index() % p.h_kv, opaque(threadIdx.x));
     Q::begin_items(worker, items + begin, items + end);
     Current& now = Q::mutable_current();
     if (threadIdx.x == 0)

@@ -99,6 +99,7 @@ struct Shape {
   // A multiprocessor of sm_90 shares 227 KB among its blocks, each 1 KB less.
   static constexpr int kBlocksPerSm = !kDecode                   ? (kSharedBytes <= 113 << 10 ? 2 : 1)
                                       : D > 128                  ? 2
+                                      : D == 64 && kKRow > kVRow ? 3  // two kinds of copies take registers
                                       : kSharedBytes <= 56 << 10 ? kMostBlocks
                                       : kSharedBytes <= 74 << 10 ? 3
                                                                  : 2;
@@ -136,7 +137,6 @@ struct RowInfo {
   // [kWarps][kNarrowRows], each warp its own, all alike: the softmax state of a chunk, and of a run of chunks
   __device__ static int* chunk_max() { return narrow<int, 3 * kWarps>(); }
   __device__ static float* chunk_total() { return narrow<float, 4 * kWarps>(); }
-  __device__ static float* chunk_zeros() { return narrow<float, 5 * kWarps>(); }
   __device__ static int* run_max() { return narrow<int, 6 * kWarps>(); }
   __device__ static float* run_total() { return narrow<float, 7 * kWarps>(); }
   static constexpr int kBytes = (9 * kRows + 8 * kWarps * kNarrowRows) * 4;

@@ -106,6 +106,12 @@ __device__ __forceinline__ void load_values(uint32_t (&word)[2][V::kBits / 4][2]
   }
 }
 
+// log2 of a token's scale, rounded up to the next whole number: enough to bound its weight. 0 is not seen and has no weight.
+__device__ __forceinline__ float scale_exponent(uint32_t raw) {
+  const uint32_t exponent = (raw & 0x7f80) >> 7;
+  return __uint_as_float(0x4b000000 | exponent) - (0x1p23f + 126.0f);
+}
+
 // cap * tanh(logit / cap), in units of log2(e).
 __device__ __forceinline__ float soft_cap(float x, float softcap) {
   const float cap = softcap * kLog2E;

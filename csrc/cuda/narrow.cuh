@@ -37,7 +37,6 @@ class Narrow {
     for (int token = now.pass.begin; token < now.pass.end; token += kNarrowBlock) {
       for_fragments([&](int own, int tile, int c) { out[own][tile][c] = 0.0f; });
       attend_chunk(token, out);
-      to_units(out);
       if (now.folds) {
         fold_chunk(run, out);
       } else {
@@ -159,8 +158,12 @@ class Narrow {
     share_max(x, v_raw, v_dynamic);
     __syncthreads();
     weights(x, v_raw, v_dynamic, num_stages * kStageTiles);
-    weigh(num_stages, out);
-    gather_sums();
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the weights: a C fragment, all rows alike
+    weigh(num_stages, out, sums);
+    float2 total = make_float2(sums[0], sums[1]), zeros = make_float2(0.0f, 0.0f);
+    if (v_dynamic) gather_sums(total, zeros);
+    set_mine(Rows::chunk_total(), total);
+    to_units(out, zeros);
   }
 
   // Raw scales of V of tokens key + g and key + g + 8; 0 for tokens that no query sees, whose bytes are anybody's.
@@ -195,7 +198,7 @@ class Narrow {
       for (int at = 0; at < kTiles; ++at) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float lift = log2_fast(__uint_as_float(v_raw[at][h] << 16));
+          const float lift = scale_exponent(v_raw[at][h]);
 #pragma unroll
           for (int j = 0; j < 2; ++j) highest[j] = fmaxf(highest[j], x[at][2 * h + j] + lift);
         }
@@ -225,50 +228,59 @@ class Narrow {
     set_mine(Rows::chunk_max(), max);
     const float offset[2] = {max.x == kEmpty ? 0.0f : static_cast<float>(max.x) - V::Math::kBoost,
                              max.y == kEmpty ? 0.0f : static_cast<float>(max.y) - V::Math::kBoost};
-    float total[2] = {0.0f, 0.0f}, taken[2] = {0.0f, 0.0f};
-    const int thread = opaque(threadIdx.x), row0 = thread / 32 * 16 + thread % 32 / 4;
+    const unsigned thread = opaque(threadIdx.x);
+    const int row0 = thread / 32 * 16 + thread % 32 / 4;
+    const auto store = [&](int at, int h, uint32_t packed) {
+      const uint32_t to = shared_base() + S::kWeightAt + (64 * at + row0 + 8 * h) * 16 + 4 * t_;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
+    };
+    if (!v_dynamic) {  // their sum comes with the values'
 #pragma unroll
-    for (int at = 0; at < kTiles; ++at) {
-      if (at < num_tiles) {
+      for (int at = 0; at < kTiles; ++at) {
+        if (at >= num_tiles) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const Scale v = v_dynamic ? unpack_scale<V>(v_raw[at][h], p_.v_cache.format.stored_zero) : Scale{1.0f, 0.0f};
-          // Tokens that no query sees have scale 0 here, and weight 0.
-          const float inverse = v_dynamic ? reciprocal_fast(fmaxf(v.scale, 0x1p-126f)) : 1.0f;
-          const int row = 64 * at + row0 + 8 * h;
-          float w[2];
+          store(at, h, V::Math::pack(exp2_fast(x[at][2 * h] - offset[0]), exp2_fast(x[at][2 * h + 1] - offset[1])));
+        }
+      }
+      return;
+    }
+    if constexpr (V::kInteger) {
+      float total[2] = {0.0f, 0.0f}, taken[2] = {0.0f, 0.0f};
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float probability = exp2_fast(x[at][2 * h + j] - offset[j]);
-            w[j] = v_dynamic ? probability * v.scale : probability;
-          }
+      for (int at = 0; at < kTiles; ++at) {
+        if (at >= num_tiles) continue;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const Scale v = unpack_scale<V>(v_raw[at][h], p_.v_cache.format.stored_zero);
+          // Tokens that no query sees have scale 0 here, and weight 0.
+          const float inverse = reciprocal_fast(fmaxf(v.scale, 0x1p-126f));
+          const uint32_t packed = V::Math::pack(exp2_fast(x[at][2 * h] - offset[0]) * v.scale,
+                                                exp2_fast(x[at][2 * h + 1] - offset[1]) * v.scale);
           // All sums take the weights as they are rounded, so that they remain weights of a mean.
-          const uint32_t packed = V::Math::pack(w[0], w[1]);
           const float2 rounded = V::Math::unpack(packed);
           total[0] = fmaf(rounded.x, inverse, total[0]);
           total[1] = fmaf(rounded.y, inverse, total[1]);
-          if (v_dynamic) {
-            taken[0] = fmaf(rounded.x, v.zero, taken[0]);
-            taken[1] = fmaf(rounded.y, v.zero, taken[1]);
-          }
-          const uint32_t to = shared_base() + S::kWeightAt + row * 16 + 4 * t_;
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
+          taken[0] = fmaf(rounded.x, v.zero, taken[0]);
+          taken[1] = fmaf(rounded.y, v.zero, taken[1]);
+          store(at, h, packed);
         }
       }
-    }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < 2; ++j) {
 #pragma unroll
-      for (int step = 4; step < 32; step *= 2) {
-        total[j] += __shfl_xor_sync(kFullWarp, total[j], step);
-        if constexpr (V::kInteger) taken[j] += __shfl_xor_sync(kFullWarp, taken[j], step);
+        for (int step = 4; step < 32; step *= 2) {
+          total[j] += __shfl_xor_sync(kFullWarp, total[j], step);
+          taken[j] += __shfl_xor_sync(kFullWarp, taken[j], step);
+        }
+        if (g_ == 0) Rows::warp_sum()[warp_ * kNarrowRows + 2 * t_ + j] = make_float2(total[j], taken[j]);
       }
-      if (g_ == 0) Rows::warp_sum()[warp_ * kNarrowRows + 2 * t_ + j] = make_float2(total[j], taken[j]);
     }
   }
 
-  __device__ __forceinline__ void gather_sums() const {
-    float2 total = make_float2(0.0f, 0.0f), zeros = make_float2(0.0f, 0.0f);
+  // Sums of weights, and of weights times zeros, over the warps.
+  __device__ __forceinline__ void gather_sums(float2& total, float2& zeros) const {
+    total = zeros = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float4 sums = *reinterpret_cast<const float4*>(Rows::warp_sum() + w * kNarrowRows + 2 * t_);
@@ -277,8 +289,6 @@ class Narrow {
       total.y += sums.z;
       zeros.y += sums.w;
     }
-    set_mine(Rows::chunk_total(), total);
-    if constexpr (V::kInteger) set_mine(Rows::chunk_zeros(), zeros);
   }
 
   // Numbers of this thread's two columns; in arrays of all warps, and in this warp's part of [kWarps][kNarrowRows].
@@ -302,7 +312,8 @@ class Narrow {
   // --- values ----------------------------------------------------------------------------------------------------------
 
   // out += V^T P^T over a chunk's tokens, for this warp's channels.
-  __device__ __forceinline__ void weigh(int num_stages, Outputs& out) {
+  __device__ __forceinline__ void weigh(int num_stages, Outputs& out, float (&sums)[4]) {
+    constexpr uint32_t kOnes[4] = {V::Math::kOnes, V::Math::kOnes, V::Math::kOnes, V::Math::kOnes};
     int first = 0;
 #pragma unroll 1
     for (int stage = 0; stage < num_stages; ++stage) {
@@ -319,6 +330,7 @@ class Narrow {
         uint32_t word[kOwn][2][kVWords][2];
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
+          V::Math::mma(sums, kOnes, p[2 * step], p[2 * step + 1]);
 #pragma unroll
           for (int own = 0; own < kOwn; ++own) {
             load_values<S, V, true>(word[own], step, slot + at * S::kVRow, warp_ + own * kWarps, lane);
@@ -348,9 +360,8 @@ class Narrow {
   }
 
   // Sums in the fragments' units become sums of weight * (code - zero), static zeros excepted.
-  __device__ __forceinline__ void to_units(Outputs& out) const {
+  __device__ __forceinline__ static void to_units(Outputs& out, float2 zeros) {
     if constexpr (V::kInteger) {
-      const float2 zeros = mine(Rows::chunk_zeros());
       for_fragments([&](int own, int tile, int c) {
         out[own][tile][c] = fmaf(out[own][tile][c], V::v_factor(c / 2), c % 2 ? -zeros.y : -zeros.x);
       });

@@ -26,9 +26,10 @@ class Queries {
   __device__ static const Current& current() { return mutable_current(); }
 
   // Ask for the query rows of an item and the parameters of K, so that they come while the queue starts.
-  __device__ __forceinline__ static void prefetch_rows(const AttendParams& p, const WorkItem& item, int kv_head) {
-    const int element = p.q.dtype == DType::Float32 ? 4 : 2, group = p.h_q / p.h_kv;
-    const int thread = threadIdx.x, row = thread / 8, at = thread % 8 * 64 / element;
+  __device__ __forceinline__ static void prefetch_rows(const AttendParams& p, const WorkItem& item, int kv_head,
+                                                       unsigned thread) {
+    const int element = p.q.dtype == DType::Float32 ? 4 : 2, group = p.h_q / opaque(p.h_kv);
+    const int row = thread / 8, at = thread % 8 * 64 / element;
     if (row < min(item.q_count * group, S::kMaxRows) && at < D) {
       const int64_t from = static_cast<int64_t>(item.q_row + row / group) * p.q.token_stride +
                            (kv_head * group + row % group) * p.q.head_stride + at;
@@ -77,6 +78,8 @@ class Queries {
     }
     load(p, *item, kv_head, group, first_row, rows, pass);
     __syncthreads();
+    // The next item's queries come while this one's keys are attended to.
+    if (item + 1 != current().item_end) prefetch_rows(p, item[1], S::kv_head(), opaque(threadIdx.x));
     return true;
   }
 

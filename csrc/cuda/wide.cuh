@@ -229,7 +229,7 @@ class Wide {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const uint2 raw = v_scales(slot, token, whole, n);
-        const float lift[2] = {log2_fast(__uint_as_float(raw.x << 16)), log2_fast(__uint_as_float(raw.y << 16))};
+        const float lift[2] = {scale_exponent(raw.x), scale_exponent(raw.y)};
 #pragma unroll
         for (int c = 0; c < 4; ++c) highest[c / 2] = fmaxf(highest[c / 2], x[n][c] + lift[c % 2]);
       }
