@@ -48,6 +48,9 @@ class CacheState:
     layer it reaches and commits them when it ends; whatever ends it early takes them back.
     """
 
+    # Whether the model's attention patterns are known to be causal, so that masks need not be looked at.
+    mask_checked = False
+
     def __init__(
         self, paged: PagedKVCache, specs: LayerSpecs, params: Sequence[LayerParams], grows: bool = False
     ) -> None:

@@ -124,6 +124,11 @@ class KVSwap:
         return self.specs.name
 
     @property
+    def params(self) -> list[LayerParams]:
+        """K and V params of each layer, fp32 `[4, h_kv, d]`, or None for a layer without scales."""
+        return self._params
+
+    @property
     def num_layers(self) -> int:
         return self._text_config.num_hidden_layers
 

@@ -1,0 +1,10 @@
+"""Generation for many sequences at a time on a quantised cache, each decoding step one CUDA graph; docs/engine.md."""
+
+from __future__ import annotations
+
+from .engine import Engine
+from .memory import MemoryPlan, format_bytes, parse_bytes, pool_size
+from .sampling import SamplingParams
+from .sequence import Output, Sequence
+
+__all__ = ["Engine", "MemoryPlan", "Output", "SamplingParams", "Sequence", "format_bytes", "parse_bytes", "pool_size"]
