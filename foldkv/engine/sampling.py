@@ -76,22 +76,26 @@ def sample(
     if kind == GREEDY:
         return greedy
     scaled = logits.float() / temperature.clamp_min(1e-6)[:, None]
-    if kind == PLAIN:
-        weights, tokens = scaled.softmax(-1), None
-    else:
-        count = min(TOPK_CANDIDATES, logits.shape[-1])
-        values, tokens = scaled.topk(count) if kind == TOPK else scaled.sort(stable=True, dim=-1, descending=True)
-        rank = torch.arange(values.shape[1], device=logits.device)
-        values = values.masked_fill((rank >= top_k[:, None]) & (top_k[:, None] > 0), -torch.inf)
-        weights = values.softmax(-1)
-        weights = weights * (weights.cumsum(-1) - weights < top_p[:, None])
+    if kind != PLAIN:
+        scaled = scaled.masked_fill(scaled < _cutoff(scaled, kind, top_k, top_p)[:, None], -torch.inf)
+    # Drawn in the order of the vocabulary, whatever the kind, so that a row's token does not depend on its company.
+    weights = scaled.softmax(-1)
     sums = weights.cumsum(-1)
     drawn = (sums <= (uniform(seed, position) * sums[:, -1])[:, None]).sum(-1)
     # Rounding may push the draw past the last token that has weight.
     last = weights.shape[1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
-    choice = torch.minimum(drawn, last)
-    sampled = choice if tokens is None else tokens.gather(1, choice[:, None])[:, 0]
-    return torch.where(temperature > 0, sampled, greedy)
+    return torch.where(temperature > 0, torch.minimum(drawn, last), greedy)
+
+
+def _cutoff(scaled: Tensor, kind: str, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The least logit `[b]` that top-k and then top-p leave; tokens that equal it stay too."""
+    count = min(TOPK_CANDIDATES, scaled.shape[-1])
+    values = (scaled.topk(count) if kind == TOPK else scaled.sort(stable=True, dim=-1, descending=True)).values
+    rank = torch.arange(values.shape[1], device=scaled.device)
+    among = (rank < top_k[:, None]) | (top_k[:, None] == 0)
+    weights = values.masked_fill(~among, -torch.inf).softmax(-1)
+    kept = among & ((weights.cumsum(-1) - weights < top_p[:, None]) | (top_p[:, None] >= 1))
+    return torch.where(kept, values, torch.inf).amin(-1)
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
