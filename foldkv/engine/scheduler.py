@@ -109,12 +109,12 @@ class Scheduler:
         """Let sequences whose tokens are all in the cache run on, from the logits after them."""
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in sequences]
         self.running += sequences
-        self._set_rows(sequences, [0] * len(sequences), [len(sequence.tokens) for sequence in sequences])
+        self.set_rows(sequences, [0] * len(sequences), [len(sequence.tokens) for sequence in sequences])
         kind = common_kind({sequence.params.kind for sequence in sequences})
         self.runner.first_token([sequence.row for sequence in sequences], logits, kind)
         self._launched(sequences)
 
-    def _set_rows(self, sequences: list[Sequence], tokens: list[int], seq_lens: list[int]) -> None:
+    def set_rows(self, sequences: list[Sequence], tokens: list[int], seq_lens: list[int]) -> None:
         """Bring the device's rows up to date: the token to feed next, the length in the cache, sampling, ends."""
         for sequence in sequences:
             sequence.status, sequence.sampled = Status.RUNNING, len(sequence.output)
@@ -257,7 +257,7 @@ class Scheduler:
         pages = self.table.pages[copy.row]
         self.runner.rows.set_pages([(copy.row, index, page) for index, page in enumerate(pages)])
         self.running.append(copy)
-        self._set_rows([copy], copy.tokens[-1:], [len(copy.tokens) - 1])
+        self.set_rows([copy], copy.tokens[-1:], [len(copy.tokens) - 1])
 
     def rollback(self, sequence: Sequence, count: int) -> None:
         """Forget the newest `count` tokens of the output, of a sequence with nothing in flight."""
@@ -271,7 +271,7 @@ class Scheduler:
             self.table.truncate(sequence.row, len(sequence.tokens))
         elif sequence.status is Status.RUNNING:
             self.table.truncate(sequence.row, len(sequence.tokens) - 1)
-            self._set_rows([sequence], sequence.tokens[-1:], [len(sequence.tokens) - 1])
+            self.set_rows([sequence], sequence.tokens[-1:], [len(sequence.tokens) - 1])
 
     def clear(self) -> None:
         """Cancel everything."""
