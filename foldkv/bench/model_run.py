@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -106,27 +106,23 @@ class ModelBench:
     def _mode_row(self, mode: str, case: Case, base: float | None) -> ModelRow:
         model = self.model
         with swap_kv_cache(model, mode, self.scales, page_size=self.page_size) as swap:
-            capacity = self._capacity(mode)
-            facts = {
-                "batch": case.batch,
-                "seq_len": case.seq_len,
-                "bits": swap.bits_per_element,
-                "capacity_tokens": capacity,
-            }
+            row = ModelRow(
+                mode, str(case), case.batch, case.seq_len, swap.bits_per_element, capacity_tokens=self._capacity(mode)
+            )
             try:
                 engine = make_engine(model, case, self.steps, self.compiled)
             except PoolExhaustedError as error:
-                return ModelRow(mode, str(case), **facts, note=f"{NOT_ENOUGH}: {error}")
+                return replace(row, note=f"{NOT_ENOUGH}: {error}")
             with engine:
                 ttft, ttft_tokens = self._first_token(engine, case) if self.ttft else (None, None)
                 times = decode_times(engine, case, self.steps)
-                report = engine.memory_report()
+                peak = engine.memory_report()["peak"]
                 rate = case.batch / statistics.mean(times)
-                return ModelRow(
-                    mode, str(case), **facts, tokens_per_s=rate, itl_ms=1e3 * statistics.median(times),
+                return replace(
+                    row, tokens_per_s=rate, itl_ms=1e3 * statistics.median(times),
                     itl_p99_ms=1e3 * percentile(times, 0.99), ttft_ms=ttft, ttft_tokens=ttft_tokens,
                     x_c16=base and rate / base, steps=len(times), pool_gb=engine.memory.pool / 1e9,
-                    planned_gb=engine.memory.total / 1e9, peak_gb=report["peak"] and report["peak"] / 1e9,
+                    planned_gb=engine.memory.total / 1e9, peak_gb=peak and peak / 1e9,
                     graph=engine.no_graph_reason or "CUDA graph",
                 )  # fmt: skip
 
