@@ -271,3 +271,17 @@ def test_an_interrupted_job_leaves_nothing_behind(engine: Engine, monkeypatch: p
     monkeypatch.setattr(engine, "step", step)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(make_prompts(LENGTHS), max_new_tokens=20)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_a_compiled_step_has_no_graph_breaks(family: str) -> None:
+    """`fullgraph=True` raises at a break; the counters say that there was one graph for each batch size, none again."""
+    model = tiny_model(family)
+    prompts = make_prompts((5, 11, 3))
+    want = [stock_tokens(model, prompt, count) for prompt, count in zip(prompts, (5, 8, 12), strict=True)]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with make_engine(model, compile={"backend": "aot_eager"}) as engine:
+        assert engine.generate(prompts, [SamplingParams(count) for count in (5, 8, 12)]) == want
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # of 4, 2 and 1 rows
+    assert not torch._dynamo.utils.counters["graph_break"]

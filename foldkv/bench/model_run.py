@@ -169,10 +169,9 @@ def make_engine(model: PreTrainedModel, case: Case, steps: int, compiled: bool =
     """An engine whose pool holds just this batch and `steps` more tokens of each sequence."""
     longest = case.seq_len + steps
     page_size = 64
-    call = torch.compile(model, dynamic=False) if compiled else None
     return Engine(
         model, max_batch=case.batch, max_seq_len=longest, num_pages=case.batch * -(-longest // page_size),
-        prefill_tokens=min(PROMPT_TOKENS, case.seq_len), buckets=sorted({1, case.batch}), compiled=call,
+        prefill_tokens=min(PROMPT_TOKENS, case.seq_len), buckets=sorted({1, case.batch}), compile=compiled,
     )  # fmt: skip
 
 

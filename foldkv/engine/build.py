@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def build_runner(
     buckets: Sequence[int],
     max_tokens: int,
     graphs: bool | None,
-    compiled: Callable[..., Any] | None,
+    compile: bool | Mapping[str, Any],
 ) -> tuple[Runner, MemoryPlan]:
     """A runner with its pools made, and the plan of its memory.
 
@@ -41,7 +41,7 @@ def build_runner(
     device = swap.model.device
     forbidden = check_rope(swap.model, max_seq_len)
     weights = sum(t.nbytes for t in (*swap.model.parameters(), *swap.model.buffers()))
-    shapes, geometries, activations = _look(swap, min(max_tokens, max_batch * max_seq_len), max_batch, compiled)
+    shapes, geometries, activations = _look(swap, min(max_tokens, max_batch * max_seq_len), max_batch)
     per_seq = -(-max_seq_len // swap.page_size)
 
     def workspace(pages: int) -> int:
@@ -70,7 +70,7 @@ def build_runner(
     if device.type == "cuda":
         _check_fits(device, size, activations + workspace(size.num_pages))
     paged = PagedKVCache(max_batch, max_seq_len, num_pages=size.num_pages, page_size=swap.page_size, device=device)
-    runner = Runner(swap, paged, buckets, max_tokens, GraphRunner(device, graphs, forbidden), compiled)
+    runner = Runner(swap, paged, buckets, max_tokens, GraphRunner(device, graphs, forbidden), compile)
     runner.state.prepare(geometries)
     runner.dry_run(2)
     if device.type == "cuda":
@@ -80,15 +80,13 @@ def build_runner(
     return runner, MemoryPlan(weights, size.nbytes, runner.state.plan_bytes, tables, activations)
 
 
-def _look(
-    swap: KVSwap, num_tokens: int, max_batch: int, compiled: Callable[..., Any] | None
-) -> tuple[list[tuple[int, int]], list[Geometry], int]:
+def _look(swap: KVSwap, num_tokens: int, max_batch: int) -> tuple[list[tuple[int, int]], list[Geometry], int]:
     """Run the model over a pool of one page: (heads, head_dim) by layer, geometries, bytes of a forward pass."""
     device = swap.model.device
     on_gpu = device.type == "cuda"
     count = num_tokens if on_gpu else min(num_tokens, 2)
     paged = PagedKVCache(max_batch, max(count, 2), num_pages=1, page_size=swap.page_size, device=device)
-    runner = Runner(swap, paged, [max_batch], count, GraphRunner(device, False), compiled)
+    runner = Runner(swap, paged, [max_batch], count, GraphRunner(device, False))
     runner.dry_run(min(count, 2))
     activations = 0
     if on_gpu:

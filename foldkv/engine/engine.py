@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 from typing import Any
@@ -41,7 +41,8 @@ class Engine:
     the cache, or a text like "40GB"; by default as many as `max_batch` sequences at their longest need, on a GPU at most
     what is free. num_pages: pages in its place. page_size: tokens of a page. prefill_tokens: prompt tokens of one step;
     longer prompts go in by pieces, between decoding steps. buckets: batch sizes that are captured; by default powers of
-    two. graphs: see `GraphRunner`. compiled: what is called in the model's place, e.g. `torch.compile(model)`.
+    two. graphs: see `GraphRunner`. compile: whether
+    decoding goes through `torch.compile` before it is captured, which fuses small kernels, or options for it.
 
     A decoding step (forward pass, append, plan, attention, sampling, ends) is one graph for each bucket and kind of
     sampling, captured when first needed. Works on the current stream. Not thread-safe.
@@ -63,7 +64,7 @@ class Engine:
         buckets: SequenceOf[int] | None = None,
         graphs: bool | None = None,
         tokenizer: Any = None,
-        compiled: Callable[..., Any] | None = None,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         sizes = {"max_batch": max_batch, "max_seq_len": max_seq_len, "prefill_tokens": prefill_tokens}
         for name, value in sizes.items():
@@ -79,7 +80,7 @@ class Engine:
         try:
             bytes_given = None if memory is None else parse_bytes(memory)
             self.runner, self.memory = build_runner(
-                self.swap, max_batch, max_seq_len, num_pages, bytes_given, buckets, prefill_tokens, graphs, compiled
+                self.swap, max_batch, max_seq_len, num_pages, bytes_given, buckets, prefill_tokens, graphs, compile
             )
         except BaseException:
             self._restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,13 @@ class Piece:
 class Runner:
     """Runs the model over a pool. Every tensor a decoding step touches has a fixed address and size.
 
-    buckets: batch sizes of decoding steps, ascending; a step is captured for the smallest that holds its rows.
+    buckets: batch sizes of decoding steps, ascending; a step is captured for the smallest that holds its rows. compile:
+    whether decoding goes through `torch.compile`, or options for it; once for each bucket, without graph breaks.
     """
 
     def __init__(
         self, swap: KVSwap, paged: PagedKVCache, buckets: Sequence[int], max_tokens: int, graphs: GraphRunner,
-        compiled: Callable[..., Any] | None = None,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:  # fmt: skip
         self.model: PreTrainedModel = swap.model
         self.paged, self.buckets, self.max_tokens, self.graphs = paged, tuple(buckets), max_tokens, graphs
@@ -48,7 +49,10 @@ class Runner:
         self.cache = FoldCache(self.state, swap.num_layers)
         self.rows = Rows(paged.block_table, paged.page_size)
         self.device = paged.device
-        self._compiled = compiled
+        options = dict(compile) if isinstance(compile, Mapping) else {}
+        self._compiled = torch.compile(self.model, fullgraph=True, dynamic=False, **options) if compile else None
+        # Already 4-D, a mask goes by transformers' mask functions, which ask Python for the cache that is active.
+        self._no_padding = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=self.device)
         self._keeps = check_signature(self.model)
 
     # --- forward passes -----------------------------------------------------------------------------------------------
@@ -57,15 +61,14 @@ class Runner:
     def _forward(self, step: PackedStep, tokens: Tensor, positions: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits `[kept tokens, vocab]` of a step."""
         options = {"logits_to_keep": keep} if keep is not None and self._keeps else {}
-        call = self._compiled if self._compiled is not None and step.one_each else self.model
+        arguments = {"input_ids": tokens[None], "position_ids": positions[None], "use_cache": True, **options}
         with self.state.running(step):
-            result = call(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                past_key_values=self.cache,
-                use_cache=True,
-                **options,
-            )
+            if self._compiled is not None and step.one_each:
+                limit = torch._dynamo.config.patch(recompile_limit=len(self.buckets) + 1)
+                with self.cache.forward(), limit:
+                    result = self._compiled(**arguments, past_key_values=self.cache, attention_mask=self._no_padding)
+            else:
+                result = self.model(**arguments, past_key_values=self.cache)
         logits: Tensor = result.logits[0]
         return logits if keep is None or options else logits[keep]
 

@@ -92,7 +92,7 @@ class FoldLayer(CacheLayerMixin):
             raise ArgumentError(describe("attention", "a running forward pass", "none"))
         batch, h_q, q_len, head_dim = query.shape
         pages = self.pages
-        if not step.attended and starts is not None:
+        if starts is not None and not step.attended and not state.mask_checked:
             step.seq_starts = starts.reshape(-1).expand(batch).contiguous()
         plan = state.plan(step, pages, h_q, q_len, window_left)
         out = ops.append_attention(

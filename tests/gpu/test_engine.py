@@ -190,3 +190,16 @@ def test_soak() -> None:
     print(dict(counts))
     assert counts["tokens"] > 0
     assert counts["sampled that parted"] <= max(2, counts["sequences"] // 20)
+
+
+@cuda_only
+def test_a_compiled_step_is_near_the_plain_one(llama: PreTrainedModel) -> None:
+    tokens = teacher_tokens(4, 60)
+    with swapped(llama, "c8d"):
+        with Engine(llama, max_batch=4, max_seq_len=64) as plain:
+            want = torch.stack(list(plain.score(tokens, 33))).float()
+        with Engine(llama, max_batch=4, max_seq_len=64, compile=True, graphs=True) as engine:
+            got = torch.stack(list(engine.score(tokens, 33))).float()
+            peak, planned = engine.memory_report()["peak"], engine.memory.total
+    assert float((got - want).abs().mean() / want.std()) < 0.01
+    print(f"compiled: planned {planned}, peak {peak}")
