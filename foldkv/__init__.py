@@ -16,7 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from calib import calibrate
     from foldkv.accuracy import AccuracyReport, accuracy_report
-    from foldkv.engine import Engine, SamplingParams
+    from foldkv.engine import Engine, SamplingParams, explain
     from foldkv.hf import FoldCache, KVSwap, load_model, swap_kv_cache
     from quant.cache import PagedKVCache
     from quant.errors import FoldkvError
@@ -29,6 +29,7 @@ _HOMES = {
     "accuracy_report": "foldkv.accuracy",
     "calibrate": "calib",
     "Engine": "foldkv.engine",
+    "explain": "foldkv.engine",
     "FoldCache": "foldkv.hf",
     "FoldkvError": "quant.errors",
     "Format": "quant.spec",
@@ -56,5 +57,5 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AccuracyReport", "Engine", "FoldCache", "FoldkvError", "Format", "KVScales", "KVSpec", "KVSwap", "LayerSpecs", "MODES",
-    "PagedKVCache", "SamplingParams", "__version__", "accuracy_report", "calibrate", "load_model", "swap_kv_cache",
+    "PagedKVCache", "SamplingParams", "__version__", "accuracy_report", "calibrate", "explain", "load_model", "swap_kv_cache",
 ]  # fmt: skip

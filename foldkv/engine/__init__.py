@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from .engine import Engine
+from .generation import Explanation, explain
 from .memory import MemoryPlan, format_bytes, parse_bytes, pool_size
 from .sampling import SamplingParams
 from .sequence import Output, Sequence
 
-__all__ = ["Engine", "MemoryPlan", "Output", "SamplingParams", "Sequence", "format_bytes", "parse_bytes", "pool_size"]
+__all__ = [
+    "Engine",
+    "Explanation",
+    "MemoryPlan",
+    "Output",
+    "SamplingParams",
+    "Sequence",
+    "explain",
+    "format_bytes",
+    "parse_bytes",
+    "pool_size",
+]

@@ -35,6 +35,7 @@ def swap_kv_cache(
     scales: KVScales | None = None,
     *,
     page_size: int = 64,
+    engine: bool | None = None,
 ) -> KVSwap:
     """Let `model.generate()` keep its KV cache in foldkv pages, and attend to them with foldkv's kernels.
 
@@ -42,6 +43,7 @@ def swap_kv_cache(
     mode:   see `quant.spec.parse_modes`: "c8", "k8v4", "c4,0:c8", a `KVSpec`, a mapping of layers.
     scales: of `calibrate` or `KVScales.load`; needed by modes with static scales, used where given by the others.
     page_size: tokens of a page: 16, 32, 64 or 128.
+    engine: whether `generate` runs on `foldkv.Engine` where that can serve the call (`foldkv.explain` says): None on a GPU.
 
     Returns the swap; `restore()` it, or use it as a context manager, to have the model back exactly as it was. Only
     `generate` takes the cache by itself; for a forward pass give it one: `model(ids, past_key_values=swap.new_cache(...))`.
@@ -49,7 +51,7 @@ def swap_kv_cache(
     Errors, all before anything is changed: UnsupportedModelError with the reason; ArgumentError for an unknown mode,
     missing scales, or a model already swapped; ScaleFileError for scales of another model.
     """
-    return KVSwap(model, mode, scales, page_size=page_size)
+    return KVSwap(model, mode, scales, page_size=page_size, engine=engine)
 
 
 def current_swap(model: nn.Module) -> KVSwap | None:
@@ -84,7 +86,7 @@ class _Change:
 class KVSwap:
     """A swapped KV cache; see `swap_kv_cache`.
 
-    model: the model. specs: the format of every layer. scales: those it was swapped with.
+    model: the model. specs: the format of every layer. scales: those it was swapped with. use_engine: as given.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class KVSwap:
         scales: KVScales | None = None,
         *,
         page_size: int = 64,
+        engine: bool | None = None,
     ) -> None:
         check_page_size(page_size)
         check_model(model)
@@ -104,6 +107,8 @@ class KVSwap:
         self.model = model
         self.scales = scales
         self.page_size = page_size
+        self.use_engine = engine
+        self.engine: Any = None  # the one that `generate` made
         self._text_config = model.config.get_text_config(decoder=True)
         float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
         self.specs = parse_modes(mode, self.num_layers, float_codec)
@@ -174,6 +179,7 @@ class KVSwap:
         for module in {id(module): module for module in (model, decoder)}.values():
             self._change(module, "forward", MethodType(_forward_of(module), module))
         self._change(model, "_prepare_cache_for_generation", MethodType(_prepare_cache_for_generation, model))
+        self._change(model, "generate", MethodType(_generate_of(model), model))
 
     def _change(self, owner: Any, name: str, value: Any) -> None:
         self._changes.append(_Change(owner, name, owner.__dict__.get(name, _ABSENT)))
@@ -181,8 +187,15 @@ class KVSwap:
 
     def restore(self) -> None:
         """Give the model its own cache and attention back, exactly as they were. A second call does nothing."""
+        self.release_engine()
         while self._changes:
             self._changes.pop().undo()
+
+    def release_engine(self) -> None:
+        """Free the pool and the graphs that `generate` keeps from call to call."""
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
 
     def __enter__(self) -> KVSwap:
         return self
@@ -267,6 +280,24 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
         return result
 
     return forward
+
+
+def _generate_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """`generate` of a swapped model: on the engine where it can serve the call, else transformers' own."""
+    own: Callable[..., Any] | None = model.__dict__.get("generate")
+    stock = type(model).generate
+
+    @functools.wraps(stock)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        from foldkv.engine.generation import generate as on_engine  # the engine stands on the swap
+
+        swap = current_swap(self)
+        found = None if swap is None or own is not None else on_engine(swap, args, kwargs)
+        if found is not None:
+            return found
+        return stock(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    return generate
 
 
 def _check_not_empty(*inputs: Any) -> None:
