@@ -88,6 +88,15 @@ def bench_model(name: str, dtype: str, device: torch.device) -> tuple[PreTrained
     return model.eval(), True
 
 
+def empty_model(name: str, dtype: str) -> PreTrainedModel:
+    """The model without memory for its weights: what its modules and their sizes are."""
+    if dtype not in DTYPES:
+        raise ArgumentError(describe("dtype", ", ".join(DTYPES), repr(dtype)))
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config(name), dtype=DTYPES[dtype])
+    return model
+
+
 def random_scales(config: Any) -> KVScales:
     """Scales as of unit-normal K and V, for models with random weights: right in shape, of no other worth."""
     text = config.get_text_config(decoder=True)

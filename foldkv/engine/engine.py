@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -79,13 +81,16 @@ class Engine:
         self.swap, self._owns_swap = _swap_of(model, kv, scales, page_size)
         try:
             bytes_given = None if memory is None else parse_bytes(memory)
-            self.runner, self.memory = build_runner(
-                self.swap, max_batch, max_seq_len, num_pages, bytes_given, buckets, prefill_tokens, graphs, compile
-            )
+            self._build = partial(
+                build_runner, self.swap, max_batch, max_seq_len, num_pages, bytes_given, buckets, prefill_tokens, graphs,
+                compile,
+            )  # fmt: skip
+            self.runner, self.memory = self._build()
         except BaseException:
             self._restore()
             raise
         self.scheduler = Scheduler(self.runner, LAG if self.runner.device.type == "cuda" else 0)
+        self.swap.register_engine(self)
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
@@ -294,6 +299,39 @@ class Engine:
             kept.append(logits)
         return torch.cat(kept)
 
+    # --- other scales -------------------------------------------------------------------------------------------------
+
+    def load(self, kv: Any = None, scales: KVScales | None = None, *, recompute: bool = False) -> None:
+        """Change the mode, the scales or both of the swap, and of this engine with it; see `KVSwap.load`."""
+        self.swap.load(kv, scales, recompute=recompute)
+
+    def prepare_reload(self, recompute: bool) -> None:
+        """Give every page back before scales change. ArgumentError where sequences have some, without `recompute`."""
+        self.scheduler.drain()
+        holding = len(self.scheduler.running) + len(self.scheduler.prefilling)
+        if holding and not recompute:
+            fix = "run() or cancel them first, or pass recompute=True to compute them again"
+            raise ArgumentError(describe("engine", "no sequences in the cache", f"{holding} under other scales", fix))
+        if holding:
+            warnings.warn(
+                f"foldkv: mode or scales changed: the pages of {holding} sequences mean nothing any more; their tokens are "
+                "computed again",
+                stacklevel=4,
+            )
+        self.scheduler.preempt_all()
+
+    def reload(self) -> None:
+        """Take over what the swap has now: other parameters in place, or pools, plans and graphs anew."""
+        if self.runner.state.specs == self.swap.specs:
+            self.runner.set_params(self.swap.params)
+            return
+        scheduler, lag = self.scheduler, self.scheduler.lag
+        self.runner.graphs.clear()
+        del self.runner, scheduler.runner, self.scheduler
+        self.runner, self.memory = self._build()
+        self.scheduler = Scheduler(self.runner, lag)
+        self.scheduler.take_over(scheduler)
+
     # --- the rest -----------------------------------------------------------------------------------------------------
 
     def memory_report(self) -> dict[str, Any]:
@@ -305,6 +343,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel everything, drop graphs, and restore the model where the engine swapped it. A second call does nothing."""
+        self.swap.forget_engine(self)
         self.scheduler.clear()
         self.runner.graphs.clear()
         self._restore()

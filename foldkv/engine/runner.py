@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foldkv.hf.cache import FoldCache
+from foldkv.hf.cache import FoldCache, FoldLayer
+from foldkv.hf.state import LayerParams
 from foldkv.hf.swap import KVSwap
 from quant.cache import PagedKVCache
 from quant.errors import UnsupportedModelError, describe
@@ -137,6 +138,13 @@ class Runner:
     def bucket(self, batch: int) -> int:
         """The smallest bucket that holds `batch` rows."""
         return next(size for size in self.buckets if size >= batch)
+
+    def set_params(self, params: Sequence[LayerParams]) -> None:
+        """Put other scale parameters of the same formats in place; graphs stay as they are."""
+        self.state.params = params
+        for layer, pair in zip(self.cache.layers, params, strict=True):
+            if isinstance(layer, FoldLayer) and layer.is_initialized:
+                layer.set_params(pair)
 
     @torch.no_grad()
     def first_token(self, rows: Sequence[int], logits: Tensor, kind: str) -> None:

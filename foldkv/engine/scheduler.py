@@ -158,6 +158,15 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
+    def preempt_all(self) -> None:
+        """Take every page back; sequences wait to be computed again, in the order in which they came."""
+        for sequence in (*self.prefilling[::-1], *self.running[::-1]):
+            self._preempt(sequence)
+
+    def take_over(self, other: Scheduler) -> None:
+        """Go on with what waits in a scheduler whose runner is gone, and with tokens it has not handed out."""
+        self.waiting, self._outputs, self.num_preemptions = other.waiting, other._outputs, other.num_preemptions
+
     def _release(self, sequence: Sequence) -> None:
         """Give back the row and the pages of a sequence that has them."""
         if sequence.status is Status.RUNNING:

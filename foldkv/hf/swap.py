@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MethodType, TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -109,10 +110,11 @@ class KVSwap:
         self.page_size = page_size
         self.use_engine = engine
         self.engine: Any = None  # the one that `generate` made
+        self._states: WeakSet[CacheState] = WeakSet()
+        self._engines: WeakSet[Any] = WeakSet()
         self._text_config = model.config.get_text_config(decoder=True)
-        float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-        self.specs = parse_modes(mode, self.num_layers, float_codec)
-        self._params = self._layer_params()
+        self.specs = self._parse(mode)
+        self._params = self._layer_params(self.specs, scales)
         self._warned_length = False
         self._changes: list[_Change] = []
         try:
@@ -163,7 +165,9 @@ class KVSwap:
         paged = PagedKVCache(
             max_batch, max_seq_len, num_pages=num_pages, page_size=self.page_size, device=self.model.device
         )
-        return FoldCache(CacheState(paged, self.specs, self._params, grows), self.num_layers)
+        state = CacheState(paged, self.specs, self._params, grows)
+        self._states.add(state)
+        return FoldCache(state, self.num_layers)
 
     # --- on and off ---------------------------------------------------------------------------------------------------
 
@@ -211,19 +215,59 @@ class KVSwap:
 
     # --- scales -------------------------------------------------------------------------------------------------------
 
-    def _layer_params(self) -> list[LayerParams]:
+    def load(
+        self,
+        mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec] | None = None,
+        scales: KVScales | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        """Change mode, scales or both while the swap is on; what is left out stays as it is.
+
+        Pages written before mean nothing under other scales, so caches of `new_cache` raise from now on. Engines take the
+        change over: new scales of the same formats go to the same addresses and captured graphs stay; another format makes
+        their pools anew. Their sequences are computed again from their tokens with `recompute`, and a warning says so.
+        Loading A, then B, then A again leaves the bits of A.
+        Errors, before anything is changed: as `swap_kv_cache`; ArgumentError while an engine has sequences, without
+        `recompute`, and for a swap that is off.
+        """
+        if not self.is_on:
+            raise ArgumentError(describe("swap", "one that is on", "a restored one", "swap the model again"))
+        specs = self.specs if mode is None else self._parse(mode)
+        scales = self.scales if scales is None else scales
+        params = self._layer_params(specs, scales)
+        engines = list(self._engines)
+        for engine in engines:
+            engine.prepare_reload(recompute)
+        self.specs, self.scales, self._params, self._warned_length = specs, scales, params, False
+        for state in self._states:
+            state.is_stale = True
+        for engine in engines:
+            engine.reload()
+
+    def register_engine(self, engine: Any) -> None:
+        """Have `load` tell an engine of changes, as long as it lives."""
+        self._engines.add(engine)
+
+    def forget_engine(self, engine: Any) -> None:
+        """Undo `register_engine`."""
+        self._engines.discard(engine)
+
+    def _parse(self, mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec]) -> LayerSpecs:
+        return parse_modes(mode, self.num_layers, "bf16" if self.model.dtype == torch.bfloat16 else "fp16")
+
+    def _layer_params(self, specs: LayerSpecs, scales: KVScales | None) -> list[LayerParams]:
         """Scale parameters of each layer, or None where there are none to set."""
-        if self.scales is None:
-            if self.specs.needs_scales:
+        if scales is None:
+            if specs.needs_scales:
                 fix = "run foldkv.calibrate(model), or take a mode without them (c8d, c4r)"
-                raise ArgumentError(describe(f"scales of mode {self.mode!r}", "KVScales", "none", fix))
+                raise ArgumentError(describe(f"scales of mode {specs.name!r}", "KVScales", "none", fix))
             return [None] * self.num_layers
         from calib.derive import layer_params
 
-        self._check_scales(self.scales)
+        self._check_scales(scales)
         return [
-            None if layer is None else layer_params(self.scales, idx, self.specs[idx])
-            for idx, layer in enumerate(self.scales.layers)
+            None if layer is None else layer_params(scales, idx, specs[idx]) for idx, layer in enumerate(scales.layers)
         ]
 
     def _check_scales(self, scales: KVScales) -> None:
