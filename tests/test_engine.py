@@ -11,6 +11,7 @@ from hf_helpers import FAMILIES, MORE_FAMILIES, one_thread, tiny_model
 from transformers import PreTrainedModel
 
 from foldkv import Engine, SamplingParams, swap_kv_cache
+from foldkv.engine.experts import has_experts
 from foldkv.engine.sequence import Status
 from quant.errors import ArgumentError, PoolExhaustedError
 
@@ -285,3 +286,16 @@ def test_a_compiled_step_has_no_graph_breaks(family: str) -> None:
         assert engine.generate(prompts, [SamplingParams(count) for count in (5, 8, 12)]) == want
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # of 4, 2 and 1 rows
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "mixtral"])
+def test_capturable_experts_give_the_same_tokens(family: str) -> None:
+    """What a step on a GPU uses for experts, here on the CPU; and the model's own way afterwards."""
+    model = tiny_model(family)
+    prompts = make_prompts((5, 11, 3))
+    want, before = [stock_tokens(model, prompt, 8) for prompt in prompts], model.get_experts_implementation()
+    assert has_experts(model) and not has_experts(tiny_model("llama"))
+    with make_engine(model) as engine:
+        engine.runner._experts = True
+        assert engine.generate(prompts, max_new_tokens=8) == want
+    assert model.get_experts_implementation() == before

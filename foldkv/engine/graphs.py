@@ -52,11 +52,12 @@ class GraphRunner:
         warm_up()
         torch.cuda.synchronize(self.device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 result = step()
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that fails stays on its own
             if self.strict:
                 raise
             self.clear()

