@@ -35,9 +35,9 @@ class ModelRow:
     """One batch in one mode (or on another cache). Rates are of decoding, in the steady state.
 
     tokens_per_s: of the whole batch. itl_ms: between two tokens of a sequence, the median and the 99th percentile over
-    steps. ttft_ms: from the submission of one prompt of `ttft_tokens` tokens, alone, to its first token on the host.
-    capacity_tokens: tokens that the card's free memory holds beside the weights in this mode. needed_gb, free_gb: of the
-    pool, where the batch does not fit (then there are no rates). x_c16: tokens_per_s over that of c16.
+    steps but the last, which waits for what is in flight. ttft_ms: from the submission of one prompt of `ttft_tokens`
+    tokens, alone, to its first token on the host. capacity_tokens: tokens that the card's free memory holds beside the
+    weights in this mode. x_c16: tokens_per_s over that of c16. note: why there are no rates, where the batch does not fit.
     """
 
     name: str
@@ -119,8 +119,8 @@ class ModelBench:
                 peak = engine.memory_report()["peak"]
                 rate = case.batch / statistics.mean(times)
                 return replace(
-                    row, tokens_per_s=rate, itl_ms=1e3 * statistics.median(times),
-                    itl_p99_ms=1e3 * percentile(times, 0.99), ttft_ms=ttft, ttft_tokens=ttft_tokens,
+                    row, tokens_per_s=rate, itl_ms=1e3 * statistics.median(times[:-1]),
+                    itl_p99_ms=1e3 * percentile(times[:-1], 0.99), ttft_ms=ttft, ttft_tokens=ttft_tokens,
                     x_c16=base and rate / base, steps=len(times), pool_gb=engine.memory.pool / 1e9,
                     planned_gb=engine.memory.total / 1e9, peak_gb=peak and peak / 1e9,
                     graph=engine.no_graph_reason or "CUDA graph",
@@ -160,8 +160,8 @@ class ModelBench:
         times = intervals(step, self.steps - WARM_STEPS, self.device)
         rate = case.batch / statistics.mean(times)
         return ModelRow(
-            name, str(case), case.batch, case.seq_len, bits, tokens_per_s=rate, itl_ms=1e3 * statistics.median(times),
-            itl_p99_ms=1e3 * percentile(times, 0.99), x_c16=base and rate / base, steps=len(times),
+            name, str(case), case.batch, case.seq_len, bits, tokens_per_s=rate, itl_ms=1e3 * statistics.median(times[:-1]),
+            itl_p99_ms=1e3 * percentile(times[:-1], 0.99), x_c16=base and rate / base, steps=len(times),
         )  # fmt: skip
 
 
