@@ -20,13 +20,16 @@ _UNITS = {"": 1, "b": 1} | {
 
 def parse_bytes(size: int | float | str) -> int:
     """Bytes of a number or a text: "40GB" (10^9), "40GiB" (2^30), "512M". ArgumentError for anything else."""
+    number: float = 0
     if isinstance(size, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
         factor = _UNITS.get(found[2].lower()) if found else None
-        size = -1 if found is None or factor is None else int(float(found[1]) * factor)
-    if size <= 0:
+        number = float(found[1]) * factor if found and factor else 0
+    else:
+        number = size
+    if number < 1:
         raise ArgumentError(describe("memory", "bytes, or a text like '40GB' or '32GiB'", repr(size)))
-    return int(size)
+    return int(number)
 
 
 def format_bytes(size: float) -> str:
