@@ -31,8 +31,8 @@ MAX_NEW = 40
 class Soak:
     """A random life of `engine`, against what `alone`, an engine of one row, gives for the same work.
 
-    tolerance: logits by which greedy tokens may be apart where a run parts from the one alone; None allows no parting.
-    Sampled sequences may part where greedy ones may: at most one in twenty of them.
+    tolerance: logits by which greedy tokens may be apart where a run parts from the one alone (a GPU's products round by the
+    batch); None allows no parting. Sampled sequences that part are counted: at most half of them may, each at some token.
     """
 
     engine: Engine
@@ -65,6 +65,7 @@ class Soak:
             number += 1
         self.counts["rounds"] = number
         self.counts["preempted"] = self.engine.scheduler.num_preemptions
+        assert self.counts["sampled that parted"] <= self.counts["sequences"] // 8
         assert all(size == self.idle_bytes[0] for size in self.idle_bytes), "device memory grew"
         return self.counts
 
@@ -143,7 +144,7 @@ def _main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
-    tolerance = None if options.kv == "c32" and not on_gpu else 0.02
+    tolerance = 0.1 if on_gpu else None if options.kv == "c32" else 0.02
     soak, _ = make_soak(options.device, options.kv, tolerance=tolerance, seed=options.seed)
     soak.run(lambda number: number >= 3)
     before, end = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic() + 60 * options.minutes
