@@ -40,7 +40,7 @@ class Soak:
     tolerance: float | None = None
     seed: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-    idle_bytes: list[int] = field(default_factory=list)
+    idle_bytes: dict[int, set[int]] = field(default_factory=dict)  # bytes allocated when idle, by captured graphs
     live: list[tuple[Sequence, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Soak:
         self.counts["rounds"] = number
         self.counts["preempted"] = self.engine.scheduler.num_preemptions
         assert self.counts["sampled that parted"] <= self.counts["sequences"] // 8
-        assert all(size == self.idle_bytes[0] for size in self.idle_bytes), "device memory grew"
+        assert all(len(sizes) == 1 for sizes in self.idle_bytes.values()), f"device memory grew: {self.idle_bytes}"
         return self.counts
 
     def _act(self) -> None:
@@ -121,7 +121,8 @@ class Soak:
         device = self.engine.runner.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            self.idle_bytes.append(torch.cuda.memory_allocated(device))
+            graphs = self.engine.runner.graphs.num_graphs
+            self.idle_bytes.setdefault(graphs, set()).add(torch.cuda.memory_allocated(device))
 
 
 def make_soak(
