@@ -1,6 +1,7 @@
 """Random joins, leaves, cancels, rollbacks, forks and pools too small, for as long as wanted:
 
-    PYTHONPATH=.:tests python tests/soak.py --minutes 10 [--device cuda] [--kv c8d]
+    PYTHONPATH=.:tests python tests/soak.py --minutes 10 [--device cuda] [--kv c8d]      the engine
+    PYTHONPATH=.:tests python tests/soak.py --minutes 10 --cache                        the paged cache alone, on the CPU
 
 Every sequence must have the tokens that it gets alone, every page must come back, and memory must not grow. The suite runs
 a short one (test_soak.py, gpu/test_engine.py).
@@ -19,6 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from engine_helpers import check_empty, check_same_or_tied, make_prompts
 from hf_helpers import tiny_model
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from test_cache_properties import CacheMachine
 
 from foldkv import Engine, SamplingParams, swap_kv_cache
 from foldkv.engine import Sequence
@@ -137,13 +141,29 @@ def make_soak(
     return Soak(engine, alone, tolerance, seed), swap.restore
 
 
+def soak_cache(minutes: float) -> None:
+    """Random forks, rollbacks, beams, interruptions and exhausted pools against lists of numbers (see CacheMachine)."""
+    end, runs = time.monotonic() + 60 * minutes, 0
+    rules = settings(
+        CacheMachine.TestCase.settings, derandomize=False, max_examples=20, stateful_step_count=200, database=None
+    )
+    while time.monotonic() < end:
+        run_state_machine_as_test(CacheMachine, settings=rules)
+        runs += 1
+    print(f"{20 * runs} lives of a cache, up to 200 operations each: no token wrong, no page lost")
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kv", default="c32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", action="store_true")
     options = parser.parse_args()
+    if options.cache:
+        soak_cache(options.minutes)
+        return
     on_gpu = options.device.startswith("cuda")
     tolerance = 0.1 if on_gpu else None if options.kv == "c32" else 0.02
     soak, _ = make_soak(options.device, options.kv, tolerance=tolerance, seed=options.seed)

@@ -129,7 +129,7 @@ def test_what_stands_in_the_way_of_every_call(llama: PreTrainedModel) -> None:
     with swap_kv_cache(llama, "c32", engine=False):
         assert "engine=False" in str(explain(llama))
     with swap_kv_cache(llama, "c32", engine=True):
-        assert str(explain(llama)) == "generate() runs on the engine, without CUDA graphs, as on every CPU"
+        assert str(explain(llama)) == "generate() runs on the engine, without CUDA graphs, as they need a GPU"
         llama.train()
         assert "training" in str(explain(llama))
         llama.eval()

@@ -69,8 +69,8 @@ def explain(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Explanation:
     if not isinstance(found, _Job):
         return Explanation(False, tuple(found))
     on_gpu = swap.model.device.type == "cuda"
-    graphs = check_rope(swap.model, 1) if on_gpu else "without CUDA graphs, as on every CPU"
-    return Explanation(True, (), graphs)
+    why_not = check_rope(swap.model, 1) if on_gpu else "they need a GPU"
+    return Explanation(True, (), f"without CUDA graphs, as {why_not}" if why_not else "")
 
 
 def generate(swap: KVSwap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Runner:
         self.rows = Rows(paged.block_table, paged.page_size)
         self.device = paged.device
         options = dict(compile) if isinstance(compile, Mapping) else {}
-        self._compiled = torch.compile(self.model, fullgraph=True, dynamic=False, **options) if compile else None
+        self._compiled = torch.compile(_forward_alone(), fullgraph=True, dynamic=False, **options) if compile else None
         # Already 4-D, a mask goes by transformers' mask functions, which ask Python for the cache that is active.
         self._no_padding = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=self.device)
         self._experts = has_experts(self.model) and self.device.type == "cuda"
@@ -70,7 +71,9 @@ class Runner:
             if self._compiled is not None and step.one_each:
                 limit = torch._dynamo.config.patch(recompile_limit=len(self.buckets) + 1)
                 with self.cache.forward(), limit:
-                    result = self._compiled(**arguments, past_key_values=self.cache, attention_mask=self._no_padding)
+                    result = self._compiled(
+                        self.model, **arguments, past_key_values=self.cache, attention_mask=self._no_padding
+                    )
             else:
                 result = self.model(**arguments, past_key_values=self.cache)
         logits: Tensor = result.logits[0]
@@ -157,6 +160,15 @@ class Runner:
     def first_token(self, rows: Sequence[int], logits: Tensor, kind: str) -> None:
         """Sample the token after the prompt of each of `rows` from logits `[rows, vocab]`."""
         self.rows.finish(upload(rows, torch.int64, self.device), logits, kind)
+
+
+def _forward_alone() -> Callable[..., Any]:
+    """What calls a model, with a code object of its own: dynamo keeps compiled code there, for this runner alone."""
+
+    def forward(model: PreTrainedModel, **arguments: Any) -> Any:
+        return model(**arguments)
+
+    return FunctionType(forward.__code__.replace(), forward.__globals__)
 
 
 def check_signature(model: PreTrainedModel) -> bool:
