@@ -20,9 +20,6 @@ from dataclasses import dataclass, field
 import torch
 from engine_helpers import check_empty, check_same_or_tied, make_prompts
 from hf_helpers import tiny_model
-from hypothesis import settings
-from hypothesis.stateful import run_state_machine_as_test
-from test_cache_properties import CacheMachine
 
 from foldkv import Engine, SamplingParams, swap_kv_cache
 from foldkv.engine import Sequence
@@ -143,6 +140,10 @@ def make_soak(
 
 def soak_cache(minutes: float) -> None:
     """Random forks, rollbacks, beams, interruptions and exhausted pools against lists of numbers (see CacheMachine)."""
+    from hypothesis import settings  # a machine with a GPU may lack it
+    from hypothesis.stateful import run_state_machine_as_test
+    from test_cache_properties import CacheMachine
+
     end, runs = time.monotonic() + 60 * minutes, 0
     rules = settings(
         CacheMachine.TestCase.settings, derandomize=False, max_examples=20, stateful_step_count=200, database=None
