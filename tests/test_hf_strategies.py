@@ -88,8 +88,8 @@ def test_c16_in_16_bits_gives_the_stock_tokens_but_for_ties(family: str) -> None
     want = model.generate(ids, **options, output_logits=True)
     with swap_kv_cache(model, "c16", page_size=PAGE):
         got = model.generate(ids, **options).sequences
-    for row, tokens in enumerate(want.sequences):
-        apart = (tokens != got[row]).nonzero()
+    for row, stock in enumerate(want.sequences):
+        apart = (stock != got[row]).nonzero()
         if len(apart):
             where = int(apart[0])
             step = want.logits[where - ids.shape[1]][row].float()
