@@ -15,7 +15,7 @@ tile; worker w has the items that begin in its share w * share .. (w + 1) * shar
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -209,18 +209,23 @@ def reference_plan(
 class Plan:
     """The work list and workspace of a step, at fixed addresses; one serves every layer with the same window.
 
-    Call `update` once a step, then pass the plan to `quant.ops.append_attention`.
+    Call `update` once a step, then pass the plan to `quant.ops.append_attention`. shared: fp32, at least
+    `capacity.workspace_floats`, the workspace of plans whose attention never runs at the same time; by default its own.
     """
 
     capacity: Capacity
     window_left: int = -1
     device: torch.device | str = "cpu"
+    shared: InitVar[Tensor | None] = None
     buffer: Tensor = field(init=False, repr=False)
     workspace: Tensor = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, shared: Tensor | None) -> None:
         self.buffer = torch.zeros(self.capacity.plan_ints, dtype=torch.int32, device=self.device)
-        self.workspace = torch.zeros(self.capacity.workspace_floats, dtype=torch.float32, device=self.device)
+        size = self.capacity.workspace_floats
+        if shared is not None and shared.numel() < size:
+            raise ArgumentError(describe("workspace", f"at least {size} numbers", str(shared.numel())))
+        self.workspace = torch.zeros(size, dtype=torch.float32, device=self.device) if shared is None else shared
 
     def update(self, seq_lens: Tensor, cu_seqlens_q: Tensor, seq_starts: Tensor | None = None) -> None:
         """Plan for these lengths: int32 `seq_lens` `[b]`, `cu_seqlens_q` `[b + 1]`, `seq_starts` `[b]` (left padding)."""

@@ -14,6 +14,7 @@ from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
 from .models import models
+from .plan import plan
 from .report import report
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def _main(
     del version
 
 
-for _command in (calibrate, inspect, generate, report, bench, models, doctor):
+for _command in (calibrate, inspect, generate, report, bench, plan, models, doctor):
     app.command()(_command)
 
 
