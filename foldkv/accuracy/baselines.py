@@ -190,6 +190,11 @@ HF_BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
 """Backend of `QuantizedCache` -> the package that it needs."""
 
 
+def all_names() -> list[str]:
+    """Every baseline that fits any head and is installed."""
+    return [*BASELINES, *(f"hf-{backend}4" for backend, package in HF_BACKENDS.items() if _installed(package))]
+
+
 def make_baselines(
     names: list[str] | None, head_dim: int, scales: KVScales | None
 ) -> tuple[list[CacheSource], list[str]]:

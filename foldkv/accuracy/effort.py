@@ -36,18 +36,18 @@ class Effort:
 
     def fit(self, max_len: float, **given: int | None) -> Effort:
         """With the sizes that a caller gave, and everything else cut to what the model can hold."""
+        limit = int(min(max_len, 1 << 40))
         asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         sizes = replace(self, **asked)
         cut = {
-            key: int(min(getattr(sizes, key), max_len))
+            key: min(getattr(sizes, key), limit)
             for key in ("window_len", "decode_len", "ablation_len")
             if key not in asked
         }
         cut["ablation_len"] = min(cut.get("ablation_len", sizes.ablation_len), max(sizes.window_len, sizes.decode_len))
         sizes = replace(sizes, **cut)
-        room = int(min(max_len, 1e9)) - sizes.prompt_len
-        prompt_len = sizes.prompt_len if room > 0 else max(1, int(max_len) // 2)
-        return replace(sizes, prompt_len=prompt_len, new_tokens=max(0, min(sizes.new_tokens, int(max_len - prompt_len))))
+        prompt_len = sizes.prompt_len if sizes.prompt_len < limit else max(1, limit // 2)
+        return replace(sizes, prompt_len=prompt_len, new_tokens=max(0, min(sizes.new_tokens, limit - prompt_len)))
 
 
 EFFORTS = {
