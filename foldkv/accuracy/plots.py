@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .gates import WAYS
@@ -213,23 +213,31 @@ def heat_grid(entry: Mapping[str, Any]) -> dict[int, list[float]]:
 
 def _heat_map(mode: str, grid: Mapping[int, list[float]], scale: Axis) -> str:
     heads = max(len(row) for row in grid.values())
-    left, top = 34.0, 20.0
-    width = min(64.0, (WIDTH - left) / heads)
+    columns = [f"h{head}" if heads <= 16 or head % 4 == 0 else "" for head in range(heads)]
+    rows = {str(layer) if len(grid) <= 40 or layer % 4 == 0 else f" {layer}": row for layer, row in grid.items()}
+    return heat_picture(f"{mode}: damage by layer and head", rows, columns, scale)
+
+
+def heat_picture(title: str, grid: Mapping[str, list[float]], columns: Sequence[str], scale: Axis) -> str:
+    """Named rows of values as a table of coloured cells, dark where large; a name that begins with a space is not shown.
+
+    scale: from a value to 0 .. 1. Cells show their values where they are large enough.
+    """
+    left, top = 12.0 + 6.4 * max(len(name) for name in grid), 20.0
+    width = max(7.0, min(64.0, (WIDTH - left) / len(columns)))
     height = 22.0 if len(grid) <= 16 else 13.0
-    title = f"{mode}: damage by layer and head"
-    drawing = Drawing(title, height=top + height * len(grid) + 4, width=left + width * heads, natural=True)
-    for head in range(heads):
-        if heads <= 16 or head % 4 == 0:
-            drawing.text(left + width * (head + 0.5), 13, f"h{head}", "tick", "middle")
-    for i, (layer, row) in enumerate(grid.items()):
+    drawing = Drawing(title, height=top + height * len(grid) + 4, width=left + width * len(columns), natural=True)
+    for i, name in enumerate(columns):
+        drawing.text(left + width * (i + 0.5), 13, name, "tick", "middle")
+    for i, (name, row) in enumerate(grid.items()):
         at = top + height * i
-        if len(grid) <= 40 or layer % 4 == 0:
-            drawing.text(left - 6, at + height / 2 + 4, str(layer), "tick", "end")
-        for head, value in enumerate(row):
-            level = min(HEAT_STEPS - 1, int(HEAT_STEPS * scale(value))) if value > 0 else 0
-            hint = f"{mode}, layer {layer}, head {head}: {value:.3g}"
-            drawing.box(left + width * head, at, width - 2, height - 2, f"heat h{level}", hint)
-            if width >= 44 and height >= 20:
-                drawing.text(left + width * (head + 0.5) - 1, at + height / 2 + 3, f"{value:.1e}".replace("e-0", "e-"),
-                             f"cell h{level}", "middle")  # fmt: skip
+        if not name.startswith(" "):
+            drawing.text(left - 6, at + height / 2 + 4, name, "tick", "end")
+        for n, value in enumerate(row):
+            level = max(0, min(HEAT_STEPS - 1, int(HEAT_STEPS * scale(value)))) if value > 0 else 0
+            hint = f"{name.strip()}, {columns[n]}: {value:.3g}"
+            drawing.box(left + width * n, at, width - 2, height - 2, f"heat h{level}", hint)
+            if width >= 38 and height >= 20:
+                text = f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e") if value < 0.01 else f"{value:.2g}"
+                drawing.text(left + width * (n + 0.5) - 1, at + height / 2 + 3, text, f"cell h{level}", "middle")
     return drawing.svg()
