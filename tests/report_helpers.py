@@ -18,6 +18,9 @@ from quant.scales import KVScales
 
 VOCAB = 96
 
+# The tensors here are small, and a team of threads would mostly wait for itself.
+torch.set_num_threads(1)
+
 
 def tiny_model() -> LlamaForCausalLM:
     """Two layers, two kv heads of 32 channels, weights large enough for K, V and logits to matter."""

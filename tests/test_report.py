@@ -355,9 +355,20 @@ def test_command_with_the_models_own_text_and_a_failing_gate(checkpoint: Path, t
     assert "appended in one piece" in result.stdout and "c4x" in result.stdout
 
 
+def test_command_with_a_level_as_gate(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(checkpoint, "--kv", "c4", "--out", tmp_path, *SMALL, "--level", "quick", "--fail-if", "lossless")
+    assert result.exit_code == 3
+    assert "lossless: c4.level_rank > 0: c4.level_rank is" in result.stderr
+    assert not (tmp_path / ".partial").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
+        (["--level", "some"], 2, "quick, standard, full"),
+        (["--fail-if", "c9:lossless"], 2, "gate"),
+        (["--baselines", "fp4"], 1, "one of fp8"),
+        (["--level", "quick", "--fail-if", "c8.parts.k_only.kld_mean > 1"], 2, "a figure of the modes"),
         (["--fail-if", "c8.kld_meen > 1"], 2, "did you mean"),
         (["--fail-if", "k8v4.kld_mean > 1"], 2, "a figure of the modes c8, c4x"),
         (["--fail-if", "c8.kld_mean ~ 1"], 2, "gate"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from foldkv.accuracy import store as store_module
 from foldkv.accuracy.metrics import TokenScores, compare
+from foldkv.accuracy.store import BaseStore
 from foldkv.accuracy.summary import METRICS, block_mean, summarise, worst
 from foldkv.accuracy.verdict import LEVELS, grade
 
@@ -189,3 +192,49 @@ def test_a_figure_near_a_limit_is_borderline() -> None:
     assert grade(entry(1e-3 - 1e-6, 0.995), LEVELS)["borderline"]
     assert grade(entry(5e-4, 0.9915), LEVELS)["borderline"]
     assert not grade(entry(5e-4, 0.995), LEVELS)["borderline"]
+
+
+# --- what is kept of the base -----------------------------------------------------------------------------------------
+
+
+def test_the_compact_base_costs_less_than_it_says_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and read in pieces; its floor is the divergence that it really adds."""
+    base, mode, tokens = random_logits(4, 30, 500)
+    exact = compare(base, mode, tokens)
+    monkeypatch.setattr(store_module, "EXACT_BYTES", 0)
+    store = BaseStore(4, 30, 500)
+    assert not store.exact
+    for row in (0, 2):
+        for begin in (0, 12):
+            store.write(row, begin, base[row : row + 2, begin : begin + (12 if begin == 0 else 18)])
+    kept = torch.cat([store.read(0, 4, a, b, base.device) for a, b in ((0, 7), (7, 30))], dim=1)
+    assert kept.shape == base.shape
+    true = compare(base, kept, tokens).kld
+    assert 0 < float(true.mean()) <= store.floor * 1.01 and store.floor < 1e-7
+    found = compare(kept, mode, tokens)
+    assert float(found.kld.mean()) == pytest.approx(float(exact.kld.mean()), rel=1e-3)
+    assert torch.equal(found.same_top, exact.same_top)
+
+
+def test_a_base_that_fits_is_kept_as_it_is() -> None:
+    base, _, _ = random_logits(2, 5, 11)
+    store = BaseStore(2, 5, 11)
+    store.write(0, 0, base)
+    assert store.exact and store.floor == 0 and torch.equal(store.read(1, 1, 2, 4, base.device), base[1:, 2:4])
+
+
+def test_the_interval_of_the_tail_is_a_bootstrap_over_windows() -> None:
+    """Against drawing the windows for real."""
+    rng = np.random.default_rng(1)
+    scores = summarise_of(np.exp(rng.normal(size=(12, 300)) + rng.normal(size=(12, 1))))
+    low, high = scores["ci95"]["kld_p99"]
+    kld = scores["raw"]
+    tails = [np.percentile(kld[np.random.default_rng(s).integers(12, size=12)], 99) for s in range(400)]
+    assert low == pytest.approx(np.percentile(tails, 2.5), rel=0.2)
+    assert high == pytest.approx(np.percentile(tails, 97.5), rel=0.2)
+    assert low < np.percentile(kld, 99) < high
+
+
+def summarise_of(kld: np.ndarray) -> dict[str, Any]:
+    rest = torch.zeros(kld.shape, dtype=torch.float64)
+    return summarise(TokenScores(torch.from_numpy(kld), rest, rest, rest, rest, rest, rest)) | {"raw": kld}

@@ -96,4 +96,5 @@ def _decode(model: PreTrainedModel, cache: Any, ids: Tensor, prefill: int) -> It
 
 def _kld(wanted: Tensor, got: tuple[int, Tensor], ids: Tensor) -> float:
     begin, logits = got
-    return float(compare(wanted[:, begin : begin + logits.shape[1]], logits, ids[:, begin:]).kld.mean())
+    span = slice(begin, begin + logits.shape[1])
+    return float(compare(wanted[:, span], logits, ids[:, span]).kld.mean())

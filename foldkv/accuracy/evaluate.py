@@ -145,7 +145,7 @@ def evaluate(
         advance(way.tokens)
         return scores
     vocab = model.config.get_text_config(decoder=True).vocab_size
-    store = BaseStore(ids.shape[0], way.length - 1, vocab)
+    store = BaseStore(ids.shape[0], way.length - 1, vocab, model.device)
     for row, begin, logits in _timed(model, ids, Run("base", base, way.chunk, way.graphs), clock, advance):
         store.write(row, begin, logits)
     clock["store.floor"] = store.floor

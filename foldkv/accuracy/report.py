@@ -107,6 +107,7 @@ def accuracy_report(
     decode_len: int | None = None,
     new_tokens: int | None = None,
     baselines: Sequence[str] | None = None,
+    graphs: bool | None = None,
     seed: int | None = None,
     text_column: str = "text",
     gates: Sequence[Gate] = (),
@@ -125,6 +126,7 @@ def accuracy_report(
     num_windows, window_len: text appended to the cache in one piece. decode_windows, decode_len: text decoded token by
         token, the beginnings of the same windows. 0 windows leave a way out. new_tokens: of greedy continuations.
     baselines: other formats beside ours, see `baselines.BASELINES`; None: the level's, an empty list: none.
+    graphs: decode our modes through `foldkv.Engine`, where each step is one captured graph; default on a GPU.
     seed: of text that the model writes; by default one that the calibration did not use. text_column: of a .jsonl file.
     gates: see `gates.parse_gate`. setup: entries of the set-up stamp that the caller knows better ("model", "command").
     work_dir: keep finished runs here, and go on from those of an earlier call that was cut short.
@@ -142,7 +144,7 @@ def accuracy_report(
     )  # fmt: skip
     ways = make_ways(
         sizes.windows, sizes.window_len, sizes.decode_windows, sizes.decode_len, sizes.chunked_windows,
-        has_graphs(model.device),
+        has_graphs(model.device) if graphs is None else graphs,
     )  # fmt: skip
     _check_sizes(model, ways, limit)
     scales, scales_facts = _load_scales(scales, model)

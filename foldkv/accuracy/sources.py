@@ -77,6 +77,14 @@ class ModeSource(CacheSource):
         with swap_kv_cache(model, self.specs, scales=self.scales) as swap:
             yield swap.new_cache
 
+    def decode(self, model: PreTrainedModel, ids: Tensor, prefill: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Through `foldkv.Engine`: on a GPU each step is one replay, on a CPU the same code without graphs."""
+        from foldkv.engine import Engine
+
+        with Engine(model, max_batch=ids.shape[0], max_seq_len=ids.shape[1], buckets=(ids.shape[0],)) as engine:
+            for position, logits in enumerate(engine.score(ids, prefill), prefill - 1):
+                yield position, logits[:, None]
+
     def reference(self) -> CacheSource:
         """The same formats and scales through `quant.reference`, with neither the swap nor a kernel."""
         from .emulate import EmulatedSource, spec_codecs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 EXACT_BYTES = 1 << 29
-"""Logits of a way up to this size are kept as they are."""
+"""Logits of a way up to this size, or up to a quarter of a GPU's free memory, are kept as they are."""
 
 RANGE = 32.0
 """Nats below a position's most likely token that the compact form tells apart; what lies lower is stored at the end."""
@@ -29,9 +29,10 @@ class BaseStore:
     object. floor: the largest mean KLD, over the parts written, of the stored distribution to the true one: 0 if exact.
     """
 
-    def __init__(self, windows: int, positions: int, vocab: int) -> None:
+    def __init__(self, windows: int, positions: int, vocab: int, device: torch.device | str = "cpu") -> None:
         self.shape = (windows, positions, vocab)
-        self.exact = 4 * windows * positions * vocab <= EXACT_BYTES
+        room = torch.cuda.mem_get_info(device)[0] // 4 if torch.device(device).type == "cuda" else 0
+        self.exact = 4 * windows * positions * vocab <= max(EXACT_BYTES, room)
         self.floor = 0.0
         self._logits: Tensor | None = None
         self._file: Any = None
@@ -59,5 +60,5 @@ class BaseStore:
         """Logits `[windows, end - begin, vocab]`, up to a constant a position."""
         if self._logits is not None:
             return self._logits[window : window + windows, begin:end]
-        codes = torch.from_numpy(self._codes[window : window + windows, begin:end].astype(np.int32))
-        return codes.to(device).float() * -_STEP
+        codes = torch.from_numpy(self._codes[window : window + windows, begin:end].view(np.int16).copy())
+        return (codes.to(device).to(torch.int32) & 0xFFFF).float() * -_STEP

@@ -57,7 +57,10 @@ WAYS_RATIO = 3.0
 REFERENCE_SHARE = 0.25
 """A mode's KLD from its reference may be this share of the reference's own from the base ..."""
 REFERENCE_NOISE = 10.0
-"""... and this many times what rounding does to the base, measured the same way, besides."""
+"""... and this many times what rounding does to the base, measured the same way, besides ..."""
+REFERENCE_FLIPS = 4.0
+"""... and this many times the geometric mean of both: rounding that moves a value by e flips its code, a step s, with
+probability e / s, which adds 12 e / s of the quantisation's own variance s^2 / 12, where e^2 is the rounding's."""
 REFERENCE_LEAST = 1e-7
 """... and this much, nats, in any case."""
 SAME_SHARE = 0.5
@@ -178,7 +181,8 @@ def reference_checks(name: str, found: Mapping[str, CrossCheck]) -> list[Check]:
     """A mode's logits must be near those of the reference for the same formats and scales, each way."""
     checks = []
     for way, one in found.items():
-        bar = REFERENCE_SHARE * one.own_kld + REFERENCE_NOISE * one.noise + REFERENCE_LEAST
+        flips = REFERENCE_FLIPS * math.sqrt(one.own_kld * one.noise)
+        bar = REFERENCE_SHARE * one.own_kld + REFERENCE_NOISE * one.noise + flips + REFERENCE_LEAST
         ok = one.kld <= bar
         text = f"{name}, {way}: KLD {_number(one.kld)} from what the reference gives for the same formats, at most {bar:.2g}"
         fault = ": the cache is not read as it should, or not this mode's"

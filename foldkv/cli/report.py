@@ -209,10 +209,10 @@ def _print(result: AccuracyReport) -> None:
     for line in present.how(result.data):
         say(line)
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("mode", "use it?", "level", "bits", "tokens", "KLD", "99 %", "same top-1", "PPL"):
+    for name in ("mode", "use it?", "level", "bits", "KLD", "same top-1", "PPL"):
         table.add_column(name, no_wrap=True)
     for row in present.mode_rows(result.data):
-        keys = ("name", "answer", "level", "bits", "capacity", "kld_alone", "p99", "top1_alone", "ppl_alone")
+        keys = ("name", "answer", "level", "bits", "kld_alone", "top1_alone", "ppl_alone")
         table.add_row(*(row[key] for key in keys))
     output.print(table)
     say("The worst of the ways; (?): no difference shown. " + present.noise_text(result.data))
