@@ -250,7 +250,13 @@ def test_html_is_one_well_formed_page_that_loads_nothing(files: Path) -> None:
     assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
     words = " ".join(page.words)
     assert "None" not in words and "nan" not in words.lower().split()
-    order = ["through the quantised cache itself", "May I use it here?", "failed as it must", "Size against damage", "Set-up"]
+    order = [
+        "through the quantised cache itself",
+        "May I use it here?",
+        "failed as it must",
+        "Size against damage",
+        "Set-up",
+    ]
     places = [words.index(text) for text in order]
     assert places == sorted(places)
 

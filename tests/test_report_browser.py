@@ -32,7 +32,9 @@ MEASURE = """<script>addEventListener("load", () => {
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_model()
     sizes = {"num_windows": 4, "window_len": 40, "decode_windows": 4, "decode_len": 12, "new_tokens": 4}
-    report = accuracy_report(model, ["c8", "k8v4", "c4"], token_windows(4, 40, seed=2), scales=tiny_scales(model), **sizes)
+    report = accuracy_report(
+        model, ["c8", "k8v4", "c4"], token_windows(4, 40, seed=2), scales=tiny_scales(model), **sizes
+    )
     folder = tmp_path_factory.mktemp("page")
     report.save(folder)
     return folder / "report.html"

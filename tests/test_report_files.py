@@ -119,7 +119,7 @@ def test_intervals_hold_their_means(report: AccuracyReport) -> None:
             figures = entry[way]
             for key in ("kld_mean", "top1_agreement", "ln_ppl_ratio", "kld_p99"):
                 low, high = figures["ci95"][key]
-                assert low <= figures[key] <= high or key == "kld_p99" and low <= high
+                assert low <= figures[key] <= high or (key == "kld_p99" and low <= high)
             assert sum(figures["histogram"]["counts"]) == figures["positions"]
             assert sum(figures["by_window"]["kld_mean"]) / 4 == pytest.approx(figures["kld_mean"])
 
@@ -233,7 +233,9 @@ def test_the_command(report: AccuracyReport, tmp_path: Path) -> None:
     assert same.exit_code == 0 and "No difference shown" in same.stdout
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "JSON"), ('{"schema_version": 7}', "version 7"), (None, "foldkv report")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "JSON"), ('{"schema_version": 7}', "version 7"), (None, "foldkv report")]
+)
 def test_other_files_are_refused(tmp_path: Path, text: str | None, said: str) -> None:
     if text is not None:
         (tmp_path / "report.json").write_text(text)

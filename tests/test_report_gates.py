@@ -95,7 +95,7 @@ def test_mode_lists() -> None:
 
 
 def test_presets_are_the_levels_and_stand_for_conditions() -> None:
-    assert PRESETS == tuple(level.name for level in LEVELS) and rank(SUSPECT) == 4
+    assert tuple(level.name for level in LEVELS) == PRESETS and rank(SUSPECT) == 4
     gates = parse_gates(["near-lossless", "c8:lossless", "c8.kld_mean > 1"], ["c8", "c4,0:c8"])
     assert [(gate.path, gate.op, gate.limit) for gate in gates] == [
         ("c8.level_rank", ">", 1), ("c4,0:c8.level_rank", ">", 1), ("c8.level_rank", ">", 0), ("c8.kld_mean", ">", 1.0),
@@ -113,7 +113,10 @@ def test_a_preset_fails_for_a_mode_of_a_weaker_level() -> None:
 def test_a_figure_inside_a_mode() -> None:
     report = {"modes": {"c4,0:c8": {"generation": {"match_128": 0.25}, "parts": {"k_only": {"kld_mean": 0.02}}}}}
     extras = ["generation.match_128", "parts.k_only.kld_mean"]
-    for text, failed in (("c4,0:c8.generation.match_128 < 0.5", True), ("modes.c4,0:c8.parts.k_only.kld_mean > 1", False)):
+    for text, failed in (
+        ("c4,0:c8.generation.match_128 < 0.5", True),
+        ("modes.c4,0:c8.parts.k_only.kld_mean > 1", False),
+    ):
         gate = parse_gate(text)
         check_gate(gate, ["c4,0:c8"], extras=extras)
         assert evaluate_gate(gate, report).failed is failed

@@ -39,9 +39,7 @@ def assemble(
     scales: KVScales | None,
 ) -> dict[str, Any]:
     """What report.json holds."""
-    noise = {
-        way: {run: _figures(found, way, f"noise.{run}") for run in ("split", "stock")} for way in found.runs
-    }
+    noise = {way: {run: _figures(found, way, f"noise.{run}") for run in ("split", "stock")} for way in found.runs}
     floor = {
         key: worst(key, [figures[key] for way in noise.values() for figures in way.values()]) for key in NOISE_METRICS
     }
@@ -66,6 +64,7 @@ def assemble(
         "base": base_figures,
         "noise_floor": {**floor, **noise, "stored_logits": found.store_floor},
         "generation": found.texts,
+        "base_scores": found.details.get(base.name, {}),
         "checks": [check.to_json() for check in checks],
         "gates": [],
         "notes": notes(setup, modes, scales, levels),

@@ -99,7 +99,7 @@ def _change(
     rows = [x.get("by_window", {}).get(key) for x in (a, b)]
     paired = same and all(row and None not in row for row in rows)
     if paired:
-        error = _paired_error(*rows)  # type: ignore[arg-type]
+        error = _paired_error(*rows)
     else:
         errors = [x[se_key] for x in (a, b)]
         error = None if None in errors else math.hypot(*errors)

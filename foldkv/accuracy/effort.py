@@ -15,7 +15,7 @@ class Effort:
     windows, window_len: prefill in one piece. chunked_windows: of them, in chunks of 128. decode_windows, decode_len:
     token by token. ablation_windows, ablation_len: text of the ablations and the other formats. heads: ablation of
     single heads, without: of all heads but one too. max_heads: heads of the model beyond which single heads are left
-    out. prompts, prompt_len, new_tokens: greedy continuations. baselines: other people's formats.
+    out. prompts, prompt_len, new_tokens: greedy continuations. baselines: other people's formats. needle: pass keys.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Effort:
     prompt_len: int = 64
     new_tokens: int = 0
     baselines: bool = False
+    needle: bool = False
 
     def fit(self, max_len: float, **given: int | None) -> Effort:
         """With the sizes that a caller gave, and everything else cut to what the model can hold."""
@@ -61,7 +62,7 @@ EFFORTS = {
         Effort(
             "full", windows=32, window_len=2048, chunked_windows=32, decode_windows=32, decode_len=1024,
             ablation_windows=8, ablation_len=1024, heads=True, without=True, max_heads=100_000, prompts=16,
-            prompt_len=128, new_tokens=2048, baselines=True,
+            prompt_len=128, new_tokens=2048, baselines=True, needle=True,
         ),
     )
 }  # fmt: skip

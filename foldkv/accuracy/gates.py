@@ -90,9 +90,7 @@ def parse_gates(texts: Iterable[str], modes: Iterable[str]) -> list[Gate]:
         if preset in PRESETS and (not mode or mode in modes):
             rank = PRESETS.index(preset)
             wanted = [mode] if mode else modes
-            gates += [
-                Gate(f"{preset}: {name}.level_rank > {rank}", f"{name}.level_rank", ">", rank) for name in wanted
-            ]
+            gates += [Gate(f"{preset}: {name}.level_rank > {rank}", f"{name}.level_rank", ">", rank) for name in wanted]
         else:
             gates.append(parse_gate(text))
     return gates

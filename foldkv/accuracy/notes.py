@@ -70,7 +70,9 @@ def notes(
     if setup.get("left_out"):
         found.append("Left out: " + "; ".join(setup["left_out"]) + ".")
     if setup.get("resumed"):
-        found.append(f"{setup['resumed']} results were taken from an earlier run of the same set-up that was cut short.")
+        found.append(
+            f"{setup['resumed']} results were taken from an earlier run of the same set-up that was cut short."
+        )
     return found
 
 

@@ -122,10 +122,11 @@ def captured(model: PreTrainedModel, ids: Tensor, scales: KVScales) -> list[Data
     with emulated_attention(model, tap):
         for row in ids:
             model(row[None].to(model.device), use_cache=False)
-    return [
-        Data(f"model, layer {layer}", *(torch.stack(part) for part in zip(*rows, strict=True)), scales, layer)
-        for layer, rows in kept.items()
-    ]
+    found = []
+    for layer, rows in kept.items():
+        q, k, v = (torch.stack(part) for part in zip(*rows, strict=True))
+        found.append(Data(f"model, layer {layer}", q, k, v, scales, layer))
+    return found
 
 
 def shape_of(data: Data, page_size: int = 64) -> Shape:

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from calib.derive import layer_params
 from quant import ops
@@ -63,7 +62,14 @@ class Step:
         self.plan.update(self.seq_lens, self.cu_seqlens_q)
         ops.append_kv(self.pages, self.k, self.v, self.slots)
         ops.append_attention(
-            self.pages, self.q, self.block_table, self.seq_lens, self.cu_seqlens_q, self.plan, out=self.out, lse=self.lse
+            self.pages,
+            self.q,
+            self.block_table,
+            self.seq_lens,
+            self.cu_seqlens_q,
+            self.plan,
+            out=self.out,
+            lse=self.lse,
         )
 
     def capture(self) -> None:

@@ -30,7 +30,10 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
     modes = list(dict.fromkeys(case["mode"] for case in cases))
     ratio: Callable[[Mapping[str, Any]], float] = lambda case: _ratio(case, "kernel", "plain")  # noqa: E731
     pictures = [
-        ("Error of the output, quantisation and kernel together", _by_data(cases, modes, lambda case: case["total"]["rms"])),
+        (
+            "Error of the output, quantisation and kernel together",
+            _by_data(cases, modes, lambda case: case["total"]["rms"]),
+        ),
         ("The kernel's own error, over that of plain PyTorch", _by_data(cases, modes, ratio, linear=True)),
         ("Error of the output by length of the sequence", _by_length(cases, modes)),
     ]
@@ -113,7 +116,10 @@ def _by_length(cases: Cases, modes: list[str]) -> str:
         own = [{row["begin"]: row["total"] for row in case["by_length"]} for case in cases if case["mode"] == mode]
         columns = [[row[begin] for row in own if begin in row] for begin in begins]
         grid[mode] = [sum(column) / len(column) if column else 0.0 for column in columns]
-    ends = [*(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in zip(begins, begins[1:], strict=False)), f"{begins[-1]}+"]
+    ends = [
+        *(f"{a}–{b - 1}" if b - a > 1 else str(a) for a, b in zip(begins, begins[1:], strict=False)),
+        f"{begins[-1]}+",
+    ]
     return heat_picture("errors by length and mode", grid, ends, _scale(grid))
 
 

@@ -183,7 +183,7 @@ def _run_case(
     }
     tallies = {mode: Tally() for mode in specs}
     replays = 0
-    for lengths, new, measured in schedule(*data.k.shape[:2], shape.page_size):
+    for lengths, new, measured in schedule(data.k.shape[0], data.k.shape[1], shape.page_size):
         for step in steps.values():
             step.load(lengths, new)
             if replays:
@@ -196,9 +196,7 @@ def _run_case(
         for b, length in enumerate(lengths):
             if new[b]:
                 _measure(steps, dequantised, tallies, b, length, (q, k, v))
-    return [
-        _row(mode, specs[mode], steps[mode], tallies[mode], dequantised[mode], (k, v), replays) for mode in specs
-    ]
+    return [_row(mode, specs[mode], steps[mode], tallies[mode], dequantised[mode], (k, v), replays) for mode in specs]
 
 
 def _through(part: PagedTensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -289,17 +287,17 @@ def wrong_bytes(step: Step) -> int:
 
 def _reference_pages(step: Step) -> LayerPages:
     """Pages as the step's, written by the reference with every token of every sequence."""
-    pages = LayerPages(
-        *(PagedTensor(p.fmt, torch.zeros_like(p.codes), torch.zeros_like(p.meta), p.params)
-          for p in (step.pages.k, step.pages.v)),
-        step.pages.page_size, step.pages.head_dim,
-    )  # fmt: skip
+    k, v = (
+        PagedTensor(part.fmt, torch.zeros_like(part.codes), torch.zeros_like(part.meta), part.params)
+        for part in (step.pages.k, step.pages.v)
+    )
+    pages = LayerPages(k, v, step.pages.page_size, step.pages.head_dim)
     tokens, size = step.data.k.shape[1], step.shape.page_size
     position = torch.arange(tokens)
     for b in range(step.count):
         slots = (step.table[b].long()[position // size] * size + position % size).to(step.device)
-        rows = (x[b].to(step.device, step.dtype) for x in (step.data.k, step.data.v))
-        reference.append_kv(pages, *rows, slots)
+        k_rows, v_rows = (x[b].to(step.device, step.dtype) for x in (step.data.k, step.data.v))
+        reference.append_kv(pages, k_rows, v_rows, slots)
     return pages
 
 
@@ -330,7 +328,12 @@ def outside_bands(row: dict[str, Any], spec: KVSpec, dtype: torch.dtype) -> list
         found.append(f"total error {row['total']['rms']:.2g} is not made of its parts, {parts:.2g}")
     for name, fmt in (("k", spec.k), ("v", spec.v)):
         steps = row["steps"][name]
-        if steps is not None and fmt.clip >= 1 and row["data"] == "gaussian" and not STEP_BAND[0] <= steps <= STEP_BAND[1]:
+        if (
+            steps is not None
+            and fmt.clip >= 1
+            and row["data"] == "gaussian"
+            and not STEP_BAND[0] <= steps <= STEP_BAND[1]
+        ):
             found.append(f"{name.upper()} is off by {steps:.2g} steps, {STEP_BAND[0]} .. {STEP_BAND[1]} expected")
     if row["wrong_bytes"]:
         found.append(f"{row['wrong_bytes']} bytes of the cache differ from the reference's")

@@ -71,7 +71,7 @@ def _label_points(drawing: Drawing, places: Mapping[str, tuple[float, float, str
                     continue
                 box = (left, height + down - 6, left + room, height + down + 5)
                 others = [mark for mark in marks if mark[0] != at - 6 or mark[1] != height - 6]
-                inside = left > LEFT - 4 and box[2] < WIDTH and TOP - 6 < box[1] and box[3] < drawing.height - BOTTOM
+                inside = left > LEFT - 4 and box[2] < WIDTH and box[1] > TOP - 6 and box[3] < drawing.height - BOTTOM
                 if inside and not any(_meet(box, other) for other in (*taken, *others)):
                     best = best or (box, anchor)
         if best is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,12 @@ from .baselines import make_baselines
 from .effort import Effort, effort
 from .evaluate import Way, make_ways
 from .gates import Gate, GateResult, check_gate, evaluate_gate
-from .measure import OnResult, extra_paths, measure
+from .measure import Found, OnResult, extra_paths, measure
+from .needle import needle_grid
 from .partial import Partial, scales_digest, weights_digest
 from .sources import CacheSource, ModeSource, has_graphs
 from .stamp import file_sha256, stamp
+from .tasks import check_installed, run_tasks
 from .windows import Progress, make_text
 
 if TYPE_CHECKING:
@@ -107,6 +109,9 @@ def accuracy_report(
     decode_len: int | None = None,
     new_tokens: int | None = None,
     baselines: Sequence[str] | None = None,
+    tasks: Sequence[str] = (),
+    tasks_path: str | os.PathLike[str] | None = None,
+    task_limit: int | None = None,
     graphs: bool | None = None,
     seed: int | None = None,
     text_column: str = "text",
@@ -126,6 +131,8 @@ def accuracy_report(
     num_windows, window_len: text appended to the cache in one piece. decode_windows, decode_len: text decoded token by
         token, the beginnings of the same windows. 0 windows leave a way out. new_tokens: of greedy continuations.
     baselines: other formats beside ours, see `baselines.BASELINES`; None: the level's, an empty list: none.
+    tasks: of lm-evaluation-harness, which must be installed, see `tasks.run_tasks`; tasks_path: a folder of their YAML files;
+        task_limit: examples of each.
     graphs: decode our modes through `foldkv.Engine`, where each step is one captured graph; default on a GPU.
     seed: of text that the model writes; by default one that the calibration did not use. text_column: of a .jsonl file.
     gates: see `gates.parse_gate`. setup: entries of the set-up stamp that the caller knows better ("model", "command").
@@ -147,6 +154,10 @@ def accuracy_report(
         has_graphs(model.device) if graphs is None else graphs,
     )  # fmt: skip
     _check_sizes(model, ways, limit)
+    if tasks:
+        check_installed()
+        if tokenizer is None:
+            raise ArgumentError(describe("tasks", "a tokenizer beside them", "none", "pass tokenizer="))
     scales, scales_facts = _load_scales(scales, model)
     base, sources = make_sources(model, modes, scales)
     names = None if baselines is None and sizes.baselines else list(baselines or ())
@@ -167,6 +178,10 @@ def accuracy_report(
         found = measure(
             model, text.ids, base, sources, others, ways, sizes, scales, partial, progress=progress, on_result=on_result
         )
+        if tokenizer is not None:
+            args = (tokenizer, found, partial, [base, *sources])
+            _needle(model, *args, limit if sizes.needle else 0)
+            _tasks(model, *args, tasks, tasks_path, task_limit)
     facts |= {"resumed": partial.resumed, **(setup or {})}
     result = AccuracyReport(assemble(base, sources, others, found, facts, scales))
     result.check_gates(gates)
@@ -197,6 +212,37 @@ def make_sources(
     return source(BASE_MODE), sources
 
 
+def _needle(
+    model: PreTrainedModel, tokenizer: Any, found: Found, partial: Partial, sources: Sequence[CacheSource], limit: float
+) -> None:
+    """Pass keys of every source, up to `limit` tokens; 0: none."""
+    for source in sources if limit else ():
+        grid = partial.value(
+            f"needle-{source.name}",
+            lambda source=source: needle_grid(model, tokenizer, source, limit),  # type: ignore[misc]
+        )
+        found.details.setdefault(source.name, {})["needle"] = grid
+
+
+def _tasks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    found: Found,
+    partial: Partial,
+    sources: Sequence[CacheSource],
+    tasks: Sequence[str],
+    path: str | os.PathLike[str] | None,
+    limit: int | None,
+) -> None:
+    """Scores of every source in every task."""
+    key = f"{','.join(tasks)}-{limit}"
+    for source in sources if tasks else ():
+        found.details.setdefault(source.name, {})["tasks"] = partial.value(
+            f"tasks-{source.name}-{key}",
+            lambda source=source: run_tasks(model, tokenizer, source, tasks, include_path=path, limit=limit),  # type: ignore[misc]
+        )
+
+
 def _check_sizes(model: PreTrainedModel, ways: Sequence[Way], limit: float) -> None:
     if model.training:
         raise ArgumentError(describe("model", "one in eval mode", "one in training mode", "call model.eval()"))
@@ -221,7 +267,18 @@ def _fingerprint(
     """All that a finished run depends on; dates, commands and names are no part of it."""
     if work_dir is None:
         return {}
-    keys = ("model_config_sha256", "dtype", "device_name", "kernels", "versions", "commit", "data", "seed", "ways", "sizes")
+    keys = (
+        "model_config_sha256",
+        "dtype",
+        "device_name",
+        "kernels",
+        "versions",
+        "commit",
+        "data",
+        "seed",
+        "ways",
+        "sizes",
+    )
     digests = {"weights": weights_digest(model), "scales": scales_digest(scales)}
     return {key: facts[key] for key in keys} | digests
 

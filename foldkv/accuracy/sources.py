@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,8 @@ class ModeSource(CacheSource):
 
     def decode(self, model: PreTrainedModel, ids: Tensor, prefill: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Through `foldkv.Engine`: on a GPU each step is one replay, on a CPU the same code without graphs."""
-        from foldkv.engine import Engine
-
-        with Engine(model, max_batch=ids.shape[0], max_seq_len=ids.shape[1], buckets=(ids.shape[0],)) as engine:
+        engine_of = import_module("foldkv.engine").Engine
+        with engine_of(model, max_batch=ids.shape[0], max_seq_len=ids.shape[1], buckets=(ids.shape[0],)) as engine:
             for position, logits in enumerate(engine.score(ids, prefill), prefill - 1):
                 yield position, logits[:, None]
 

@@ -105,7 +105,9 @@ class Drawing:
         """A square mark on its corner."""
         corners = ((x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y))
         points = " ".join(f"{_number(a)},{_number(b)}" for a, b in corners)
-        self.parts.append(f'<polygon class="{escape(class_)}" points="{points}"><title>{escape(hint)}</title></polygon>')
+        self.parts.append(
+            f'<polygon class="{escape(class_)}" points="{points}"><title>{escape(hint)}</title></polygon>'
+        )
 
     def box(self, x: float, y: float, width: float, height: float, class_: str, hint: str) -> None:
         """A filled rectangle."""

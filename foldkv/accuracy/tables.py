@@ -37,7 +37,11 @@ def baseline_table(report: Mapping[str, Any]) -> Table | None:
         figures = next(entry[way] for way in WAYS if way in entry)
         ours = name in report["modes"]
         note = f"foldkv: K {entry.get('k_format', '?')}, V {entry.get('v_format', '?')}" if ours else entry["note"]
-        cells = [sci(figures["kld_mean"], figures["kld_se"]), sci(figures["kld_p99"]), percent(figures["top1_agreement"])]
+        cells = [
+            sci(figures["kld_mean"], figures["kld_se"]),
+            sci(figures["kld_p99"]),
+            percent(figures["top1_agreement"]),
+        ]
         rows.append((entry["bits_per_element"], [name, f"{entry['bits_per_element']:.3g}", *cells, note]))
     return ["cache", "bits", "mean KLD", "99 % KLD", "same top-1", "what it is"], [row for _, row in sorted(rows)]
 
@@ -137,7 +141,9 @@ def memory_table(report: Mapping[str, Any]) -> Table:
         ])  # fmt: skip
     plain_speeds = [base[way].get("tokens_per_s") for way in ways]
     mode = next(iter(base.values()))["mode"]
-    rows.append([f"{mode} (base)", "", "", "1x", *("" if s is None else f"{s:,.0f}" for s in plain_speeds), *[""] * len(ways)])
+    rows.append(
+        [f"{mode} (base)", "", "", "1x", *("" if s is None else f"{s:,.0f}" for s in plain_speeds), *[""] * len(ways)]
+    )
     return head, rows
 
 
@@ -153,3 +159,37 @@ def reference_rows(report: Mapping[str, Any]) -> Rows:
 def measured_modes(report: Mapping[str, Any]) -> list[str]:
     """Modes that were looked into."""
     return [name for name, entry in report["modes"].items() if entry.get("layers") and name != CONTROL_MODE]
+
+
+def task_table(report: Mapping[str, Any]) -> Table | None:
+    """Tasks of lm-evaluation-harness, a row a task and metric."""
+    scores = _scores(report, "tasks")
+    if not scores:
+        return None
+    first = next(iter(scores.values()))
+    metrics = [(task, key) for task, found in first.items() for key in found if not key.endswith("_stderr")]
+    rows = [
+        [task, key, *(plain(one[task][key], one[task].get(f"{key}_stderr")) for one in scores.values())]
+        for task, key in metrics
+    ]
+    return ["task", "metric", *scores], rows
+
+
+def needle_table(report: Mapping[str, Any]) -> Table | None:
+    """Pass keys found, over all depths, a row a length."""
+    scores = _scores(report, "needle")
+    if not scores:
+        return None
+    first = next(iter(scores.values()))
+    rows = [
+        [f"{length:,} tokens", *(percent(sum(one["right"][i]) / len(one["right"][i])) for one in scores.values())]
+        for i, length in enumerate(first["lengths"])
+    ]
+    return ["pass keys found", *scores], rows
+
+
+def _scores(report: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What the base and the modes have under a key; empty where they have not."""
+    name = next(iter(report["base"].values()))["mode"]
+    found = {name: report["base_scores"].get(key), **{mode: entry.get(key) for mode, entry in report["modes"].items()}}
+    return {mode: one for mode, one in found.items() if one}

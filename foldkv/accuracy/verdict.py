@@ -127,7 +127,7 @@ def answer(entry: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, st
     }[level]
     if entry["borderline"]:
         why += "; close to a limit, so measure on more text before relying on it"
-    text = (details.get("parts") or {})
+    text = details.get("parts") or {}
     k, v = (text.get(part, {}).get("kld_mean") for part in ("k_only", "v_only"))
     if said != "yes" and k is not None and v is not None and max(k, v) > 3 * min(k, v):
         why += f"; nearly all of it comes from {'K' if k > v else 'V'}"

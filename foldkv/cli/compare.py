@@ -16,7 +16,8 @@ def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="report.json, or the folder that holds it.")],
     after: Annotated[Path, typer.Argument(metavar="B", help="The one to hold against it.")],
     fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="Exit with 3 if a mode is worse in B by more than two standard errors.")
+        bool,
+        typer.Option("--fail-if-worse", help="Exit with 3 if a mode is worse in B by more than two standard errors."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Write the changes as JSON to stdout.")] = False,
 ) -> None:
@@ -29,7 +30,9 @@ def compare(
     a, b = load_report(before), load_report(after)
     changes, other = compare_reports(a, b), differences(a, b)
     if json:
-        emit_json({"changes": [change.to_json() for change in changes], "setup": other, "only_in_one": only_in_one(a, b)})
+        emit_json(
+            {"changes": [change.to_json() for change in changes], "setup": other, "only_in_one": only_in_one(a, b)}
+        )
     else:
         _print(changes, other, only_in_one(a, b))
     worse = [change for change in changes if change.verdict == "worse"]
@@ -52,7 +55,9 @@ def _print(changes: list[Any], other: list[str], missing: list[str]) -> None:
     for c in changes:
         style = {"worse": "red", "better": "green"}.get(c.verdict)
         error = "" if c.error is None else f"{c.error:.1e}" + ("" if c.paired else " (unpaired)")
-        table.add_row(c.mode, c.way, c.figure, show(c.figure, c.before), show(c.figure, c.after), error, c.verdict, style=style)
+        table.add_row(
+            c.mode, c.way, c.figure, show(c.figure, c.before), show(c.figure, c.after), error, c.verdict, style=style
+        )
     output.print(table)
     for text in other:
         say(f"Not the same: {text}")

@@ -35,13 +35,17 @@ def split_modes(text: str) -> list[str]:
 @cli_errors()
 def report(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id; with --ops it may be left out.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id; with --ops it may be left out."),
     ] = None,
     kv: Annotated[str, typer.Option(help="Modes to measure, comma-separated; per layer: c4,0:c8.")] = "c8,k8v4,c4",
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.md, report.html.")] = Path("report"),
     level: Annotated[str, typer.Option(help="quick, standard or full: how much is measured.")] = "standard",
     ops: Annotated[
-        bool, typer.Option("--ops", help="Measure the attention ops alone, replayed at growing lengths: ops.json, .md, .html.")
+        bool,
+        typer.Option(
+            "--ops", help="Measure the attention ops alone, replayed at growing lengths: ops.json, .md, .html."
+        ),
     ] = False,
     data: Annotated[Path | None, typer.Option(help="Text, .txt or .jsonl (default: the model writes its own)")] = None,
     scales: Annotated[Path | None, typer.Option(help="Folder of the calibration (default: MODEL/kv_cache)")] = None,
@@ -51,8 +55,14 @@ def report(
     decode_len: Annotated[int | None, typer.Option(min=2, help="Tokens of each.")] = None,
     new_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens of greedy continuations; 0: none.")] = None,
     baselines: Annotated[
-        str | None, typer.Option(help="Other formats beside ours: all, none, or names: fp8,q4_0 (default: the level's).")
+        str | None,
+        typer.Option(help="Other formats beside ours: all, none, or names: fp8,q4_0 (default: the level's)."),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness (pip install lm_eval), scored through the cache.")
+    ] = None,
+    tasks_path: Annotated[Path | None, typer.Option(help="Folder of their YAML files, for tasks of your own.")] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows, for a quick look.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Compute dtype (default: float32 on a CPU, else the checkpoint's)")
@@ -69,7 +79,9 @@ def report(
             "c8:lossless. May be repeated."
         ),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget results of an earlier run that was cut short.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget results of an earlier run that was cut short.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Write report.json to stdout too.")] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
 ) -> None:
@@ -103,7 +115,8 @@ def report(
             loaded, modes, data, tokenizer=tokenizer, scales=folder, level=level, window_len=window_len,
             decode_len=decode_len, new_tokens=new_tokens, baselines=names, seed=seed, text_column=text_column, gates=gates,
             setup={"model": model, "command": "foldkv " + shlex.join(sys.argv[1:])}, work_dir=out,
-            progress=advance, on_result=tell, **sizes,
+            tasks=tasks.split(",") if tasks else (), tasks_path=tasks_path, task_limit=task_limit,
+            progress=advance, on_result=tell, num_windows=sizes["num_windows"], decode_windows=sizes["decode_windows"],
         )  # fmt: skip
     paths = result.save(out)
     Partial(out, {}).clear()

@@ -57,9 +57,7 @@ def report_ops(
         loaded, tokenizer = load_model(model, "float32" if device == "cpu" else "auto", device)
         known = KVScales.load(folder, loaded.config)
         limit = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None) or TOKENS[level]
-        ids = make_text(
-            loaded, tokenizer, data, SEQUENCES, min(TOKENS[level], limit), seed=None, scales=known
-        ).ids
+        ids = make_text(loaded, tokenizer, data, SEQUENCES, min(TOKENS[level], limit), seed=None, scales=known).ids
     with progress_bar(watch) as (advance, _):
         result = ops_report(
             modes, device=device, dtype=kinds.get(dtype or ""), level=level, model=loaded, ids=ids, scales=known,
