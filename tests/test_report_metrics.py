@@ -13,7 +13,7 @@ from torch import Tensor
 from foldkv.accuracy import store as store_module
 from foldkv.accuracy.metrics import TokenScores, compare
 from foldkv.accuracy.store import BaseStore
-from foldkv.accuracy.summary import METRICS, block_mean, summarise, worst
+from foldkv.accuracy.summary import METRICS, block_mean, share_mean, summarise, worst
 from foldkv.accuracy.verdict import LEVELS, grade
 
 
@@ -159,10 +159,11 @@ def test_worst_of_the_ways() -> None:
 # --- levels -----------------------------------------------------------------------------------------------------------
 
 
-def entry(kld: float | None, top1: float | None) -> dict[str, dict[str, float | None]]:
+def entry(kld: float | None, top1: float | None, windows: int = 40) -> dict[str, dict[str, float | None]]:
     """A mode whose prefill is flawless and whose decode has these figures."""
-    fine = {"kld_mean": 0.0, "kld_se": 0.0, "top1_agreement": 1.0, "top1_se": None}
-    return {"prefill": fine, "decode": {"kld_mean": kld, "kld_se": 1e-6, "top1_agreement": top1, "top1_se": 1e-3}}
+    fine = {"kld_mean": 0.0, "kld_se": 0.0, "top1_agreement": 1.0, "top1_se": None, "windows": windows}
+    figures = {"kld_mean": kld, "kld_se": 1e-6, "top1_agreement": top1, "top1_se": 1e-3, "windows": windows}
+    return {"prefill": fine, "decode": figures}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +193,18 @@ def test_a_figure_near_a_limit_is_borderline() -> None:
     assert grade(entry(1e-3 - 1e-6, 0.995), LEVELS)["borderline"]
     assert grade(entry(5e-4, 0.9915), LEVELS)["borderline"]
     assert not grade(entry(5e-4, 0.995), LEVELS)["borderline"]
+    assert grade(entry(5e-4, 0.995, windows=2), LEVELS)["borderline"]  # an error of two windows is itself unsure
+
+
+def test_a_share_that_is_the_same_in_few_windows_still_has_an_error() -> None:
+    """Two changes in 94 positions, one a window: the spread of the windows is 0, the truth anywhere about 2 %."""
+    same = torch.ones(2, 47, dtype=torch.float64)
+    same[:, 5] = 0
+    assert block_mean(same).se == 0 and share_mean(same).se == pytest.approx(0.0198, rel=0.1)
+    assert share_mean(torch.ones(4, 100)).se > 0.003
+    mixed = torch.ones(4, 100)
+    mixed[0] = 0
+    assert share_mean(mixed) == block_mean(mixed)
 
 
 # --- what is kept of the base -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from report_helpers import save_checkpoint, tiny_model, tiny_scales, token_windo
 from torch import Tensor
 from typer.testing import CliRunner
 
+from foldkv.accuracy import ops_bands
 from foldkv.accuracy import ops_report as module
 from foldkv.accuracy.ops_cases import SYNTHETIC, Shape
 from foldkv.accuracy.ops_harness import MAX_NEW, borders, schedule
@@ -147,7 +148,7 @@ def test_command_with_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def test_command_fails_outside_the_bands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module.ops_cases, "SYNTHETIC", {"gaussian": SYNTHETIC["gaussian"]})
-    monkeypatch.setattr(module, "KERNEL_BAND", 0.0)
+    monkeypatch.setattr(ops_bands, "KERNEL_BAND", 0.0)
     result = run("--kv", "c8", "--out", tmp_path)
     assert result.exit_code == 3 and "kernel error" in result.stderr
     assert "outside their bands" in (tmp_path / "ops.md").read_text()

@@ -14,6 +14,7 @@ from quant.errors import ArgumentError, describe
 
 from .assemble import SCHEMA_VERSION
 from .gates import WAYS
+from .summary import students_t
 
 READABLE = (1, SCHEMA_VERSION)
 """Schema versions that `load_report` takes; what is compared is the same in all of them."""
@@ -103,7 +104,8 @@ def _change(
     else:
         errors = [x[se_key] for x in (a, b)]
         error = None if None in errors else math.hypot(*errors)
-    return Change(mode, way, key, before, after, error, paired, _judge(key, before, after, error))
+    times = students_t(min(x["windows"] for x in (a, b)))
+    return Change(mode, way, key, before, after, error, paired, _judge(key, before, after, error, times))
 
 
 def _paired_error(a: list[float], b: list[float]) -> float | None:
@@ -114,13 +116,14 @@ def _paired_error(a: list[float], b: list[float]) -> float | None:
     return math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1) / len(gaps))
 
 
-def _judge(key: str, before: float | None, after: float | None, error: float | None) -> str:
+def _judge(key: str, before: float | None, after: float | None, error: float | None, times: float) -> str:
+    """times: standard errors that a difference must pass to show."""
     if before is None or after is None:
         return "not comparable"
     gap = after - before
     if key == "ln_ppl_ratio":  # a change away from 0 is damage whichever its sign
         gap = abs(after) - abs(before)
-    if gap == 0 or error is None or abs(gap) <= 2 * error:
+    if gap == 0 or error is None or abs(gap) <= times * error:
         return "no difference shown"
     return "better" if (gap > 0) == (key in BETTER_IS_LARGER) else "worse"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quant.scales import KVScales
 
 from .gates import WAYS
-from .summary import worst
+from .summary import students_t, worst
 
 if TYPE_CHECKING:
     from .verdict import Level
@@ -79,18 +79,18 @@ def notes(
 def advice(name: str, entry: Mapping[str, Any], levels: Sequence[Level], windows: int) -> str:
     """What a figure within two errors of a limit would need to be told apart from it."""
     ways = [entry[way] for way in WAYS if way in entry]
-    wanted = 0.0
+    wanted, times = 0.0, students_t(min(way["windows"] for way in ways))
     for key, se_key, limits in (
         ("kld_mean", "kld_se", [level.max_kld for level in levels]),
         ("top1_agreement", "top1_se", [level.min_top1 for level in levels]),
     ):
         value, error = worst(key, [way[key] for way in ways]), max(way[se_key] or 0.0 for way in ways)
         for limit in limits:
-            if value is not None and error and abs(value - limit) <= 2 * error:
+            if value is not None and error and abs(value - limit) <= times * error:
                 wanted = max(wanted, windows * (2 * error / max(abs(value - limit), error / 5)) ** 2)
     more = f"about {_round_up(wanted)} windows would settle it" if wanted else "more windows would settle it"
     return (
-        f"{name}: mean KLD or top-1 lies within two standard errors of a limit, so the level could be another one; with "
+        f"{name}: mean KLD or top-1 cannot be told from a limit, so the level could be another one; with "
         f"this spread {more} (--windows, --decode-windows; now {windows})."
     )
 

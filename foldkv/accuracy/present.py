@@ -10,7 +10,7 @@ from quant.spec import CONTROL_MODE
 
 from . import verdict
 from .gates import WAYS
-from .summary import worst
+from .summary import students_t, worst
 
 Rows = list[list[str]]
 
@@ -82,6 +82,12 @@ def how_short(report: Mapping[str, Any]) -> str:
     return f"Measured through the quantised cache itself: {', '.join(parts)}. Text: {text}."
 
 
+def model_name(report: Mapping[str, Any]) -> str:
+    """A hub id as it is, a folder by its last name."""
+    name = str(report["setup"]["model"])
+    return name if name.count("/") <= 1 and name[:1] not in "/.~" else name.rstrip("/").rpartition("/")[2]
+
+
 def compared_with(report: Mapping[str, Any]) -> str:
     """What the figures are measured against and over which positions."""
     base = next(iter(report["base"].values()))["mode"]
@@ -133,9 +139,9 @@ def in_noise(figures: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
 
 
 def ppl_shown(figures: Mapping[str, Any]) -> bool:
-    """The perplexity changed by more than two standard errors, paired; with one window there is no telling."""
+    """The 95 % interval of the paired perplexity ratio does not hold 1; with one window there is no telling."""
     error, ratio = figures["ln_ppl_ratio_se"], figures["ln_ppl_ratio"]
-    return error is None or ratio is None or abs(ratio) > 2 * error
+    return error is None or ratio is None or abs(ratio) > students_t(figures["windows"]) * error
 
 
 def divergence_table(report: Mapping[str, Any], way: str) -> tuple[list[str], Rows]:

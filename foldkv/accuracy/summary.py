@@ -82,6 +82,28 @@ def worst(key: str, values: list[float | None]) -> float | None:
     return result
 
 
+def students_t(windows: int) -> float:
+    """Standard errors to either side that hold 95 % of the cases, with an error told from so many windows."""
+    return next((t for count, t in _STUDENT if windows <= count), 2.0)
+
+
+def share_mean(values: Tensor) -> Mean:
+    """`block_mean` of values that are 0 or 1: the error is at least that of independent positions.
+
+    Few windows may happen to have one share, as where each has a single change.
+    """
+    mean = block_mean(values)
+    if mean.se is None:
+        return mean
+    n = values.numel()
+    # Wilson's point estimate, so that a share of exactly 1 has an error too.
+    share = (mean.value * n + 1.92) / (n + 3.84)
+    return Mean(mean.value, max(mean.se, math.sqrt(share * (1 - share) / n)))
+
+
+_STUDENT = ((2, 12.7), (3, 4.3), (4, 3.2), (5, 2.8), (6, 2.6), (8, 2.4), (12, 2.2), (30, 2.1))
+
+
 def block_mean(values: Tensor) -> Mean:
     """Mean of `[windows, positions]` and its standard error by window."""
     by_window = values.double().mean(dim=1)
@@ -105,7 +127,7 @@ def summarise(scores: TokenScores) -> dict[str, Any]:
 
 @np.errstate(invalid="ignore")  # between infinities, which become None
 def _scalars(scores: TokenScores) -> dict[str, float | int | None]:
-    kld, top, delta = (block_mean(x) for x in (scores.kld, scores.same_top, scores.delta_p))
+    kld, top, delta = block_mean(scores.kld), share_mean(scores.same_top), block_mean(scores.delta_p)
     nll, base_nll = block_mean(scores.nll), block_mean(scores.base_nll)
     ratio = block_mean(scores.nll - scores.base_nll)
     ppl, base_ppl = _exp(nll.value), _exp(base_nll.value)

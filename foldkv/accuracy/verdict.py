@@ -16,7 +16,7 @@ from .crosscheck import CrossCheck
 from .gates import PRESETS, WAYS
 from .metrics import TokenScores
 from .probe import Probe
-from .summary import block_mean, worst
+from .summary import block_mean, students_t, worst
 
 
 class Level(NamedTuple):
@@ -86,14 +86,16 @@ def rank(level: str) -> int:
 
 
 def grade(entry: Mapping[str, Any], levels: Sequence[Level]) -> dict[str, Any]:
-    """The level of a mode's JSON entry, with the rule it met and whether a figure lies within two errors of a limit."""
+    """The level of a mode's JSON entry, with the rule it met and whether a figure's 95 % interval holds a limit."""
     ways = [entry[way] for way in WAYS if way in entry]
     kld, top1 = (worst(key, [way[key] for way in ways]) for key in ("kld_mean", "top1_agreement"))
     if kld is None or top1 is None:
         return _graded(NOT_RECOMMENDED, "figures are not finite", False)
     kld_error, top1_error = (max(way[key] or 0.0 for way in ways) for key in ("kld_se", "top1_se"))
+    times = students_t(min(way.get("windows") or 2 for way in ways))
     borderline = any(
-        abs(kld - level.max_kld) <= 2 * kld_error or abs(top1 - level.min_top1) <= 2 * top1_error for level in levels
+        abs(kld - level.max_kld) <= times * kld_error or abs(top1 - level.min_top1) <= times * top1_error
+        for level in levels
     )
     for level in levels:
         if kld <= level.max_kld and top1 >= level.min_top1:

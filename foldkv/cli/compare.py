@@ -17,11 +17,13 @@ def compare(
     after: Annotated[Path, typer.Argument(metavar="B", help="The one to hold against it.")],
     fail_if_worse: Annotated[
         bool,
-        typer.Option("--fail-if-worse", help="Exit with 3 if a mode is worse in B by more than two standard errors."),
+        typer.Option(
+            "--fail-if-worse", help="Exit with 3 if a mode is worse in B beyond the 95 % interval of the difference."
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Write the changes as JSON to stdout.")] = False,
 ) -> None:
-    """What changed from report A to report B, and whether the change shows beyond two standard errors.
+    """What changed from report A to report B, and whether the 95 % interval of the difference shows it.
 
     Reports of the same text are compared window by window, which sees far smaller changes.
     """
