@@ -55,7 +55,7 @@ def how(report: Mapping[str, Any]) -> list[str]:
     for way in report["setup"]["ways"]:
         text = f"{way['name']}: {way['windows']} windows of {way['length']} tokens"
         if way["chunk"] == 1:
-            how = "every step one replay of a captured CUDA graph" if way.get("graphs") else "without CUDA graphs"
+            how = "every step one replay of a captured CUDA graph" if _replays(report, way) else "without CUDA graphs"
             lines.append(
                 f"{text}, teacher-forced one token at a time, {how}; every token is quantised into the cache before "
                 "attention reads it back"
@@ -75,11 +75,16 @@ def how_short(report: Mapping[str, Any]) -> str:
     parts = []
     for way in report["setup"]["ways"]:
         size = f"{way['windows']} × {way['length']} tokens"
-        graph = " by graph replay" if way.get("graphs") else ""
+        graph = " by graph replay" if _replays(report, way) else ""
         kind = f"decoded one by one{graph}" if way["chunk"] == 1 else f"in chunks of {way['chunk']}"
         parts.append(f"{size} {'in one piece' if way['chunk'] >= way['length'] else kind}")
     text = report["setup"]["data"]["source"]
     return f"Measured through the quantised cache itself: {', '.join(parts)}. Text: {text}."
+
+
+def _replays(report: Mapping[str, Any], way: Mapping[str, Any]) -> bool:
+    """On a CPU the engine takes the same steps without graphs."""
+    return bool(way.get("graphs")) and report["setup"]["device"] == "cuda"
 
 
 def model_name(report: Mapping[str, Any]) -> str:
