@@ -87,7 +87,7 @@ def advice(name: str, entry: Mapping[str, Any], levels: Sequence[Level], windows
         value, error = worst(key, [way[key] for way in ways]), max(way[se_key] or 0.0 for way in ways)
         for limit in limits:
             if value is not None and error and abs(value - limit) <= times * error:
-                wanted = max(wanted, windows * (2 * error / max(abs(value - limit), error / 5)) ** 2)
+                wanted = max(wanted, windows * (times * error / max(abs(value - limit), error / 5)) ** 2)
     more = f"about {_round_up(wanted)} windows would settle it" if wanted else "more windows would settle it"
     return (
         f"{name}: mean KLD or top-1 cannot be told from a limit, so the level could be another one; with "

@@ -25,7 +25,7 @@ def summary_table(report: Mapping[str, Any]) -> Table:
         row = [m["name"], m["level"], m["bits"], m["capacity"], m["kld"], m["p99"], m["top1"], m["ppl"] + note]
         figures = report["modes"][m["name"]].get("generation")
         rows.append([*row, percent(figures[f"same_{mark}"])] if texts and figures else [*row, *([""] if texts else [])])
-    return [*head, *([f"same text, {mark} tokens"] if texts else [])], rows
+    return [*head, *([f"same tokens, first {mark}"] if texts else [])], rows
 
 
 def baseline_table(report: Mapping[str, Any]) -> Table | None:

@@ -128,7 +128,7 @@ def answer(entry: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, st
         NOT_RECOMMENDED: "it changes the model too much",
     }[level]
     if entry["borderline"]:
-        why += "; close to a limit, so measure on more text before relying on it"
+        why += "; close to a limit, so more text could change the answer"
     text = details.get("parts") or {}
     k, v = (text.get(part, {}).get("kld_mean") for part in ("k_only", "v_only"))
     if said != "yes" and k is not None and v is not None and max(k, v) > 3 * min(k, v):
