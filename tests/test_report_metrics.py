@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foldkv.accuracy import store as store_module
 from foldkv.accuracy.metrics import TokenScores, compare
+from foldkv.accuracy.notes import advice
 from foldkv.accuracy.store import BaseStore
 from foldkv.accuracy.summary import METRICS, block_mean, share_mean, summarise, worst
 from foldkv.accuracy.verdict import LEVELS, grade
@@ -251,3 +252,21 @@ def test_the_interval_of_the_tail_is_a_bootstrap_over_windows() -> None:
 def summarise_of(kld: np.ndarray) -> dict[str, Any]:
     rest = torch.zeros(kld.shape, dtype=torch.float64)
     return summarise(TokenScores(torch.from_numpy(kld), rest, rest, rest, rest, rest, rest)) | {"raw": kld}
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kld", "windows", "said"),
+    [
+        (0.95e-3, 8, "about 47 windows"),
+        (0.97e-3, 8, "about 130 windows"),
+        (0.999e-3, 8, "more than 1000 windows"),
+        (0.95e-3, 2, "at least 8"),
+    ],
+)
+def test_advice_on_the_sample(kld: float, windows: int, said: str) -> None:
+    """A KLD of `kld` beside the limit of 1e-3, its error 5e-5: as many windows as bring the interval down to the gap."""
+    figures = {"kld_mean": kld, "kld_se": 5e-5, "top1_agreement": 0.999, "top1_se": 1e-4, "windows": windows}
+    assert said in advice("c8", {"decode": figures}, LEVELS, windows)

@@ -19,6 +19,8 @@ SMALL_MODEL = 1_000_000_000
 
 FEW_WINDOWS = 4
 
+MANY_WINDOWS = 1000
+
 LONG_TEXT = 2048
 """Windows shorter than this say nothing of long contexts."""
 
@@ -55,7 +57,7 @@ def notes(
     if min(way["windows"] for way in ways) < FEW_WINDOWS:
         found.append(f"Fewer than {FEW_WINDOWS} windows in a way: standard errors are rough or missing.")
     found += [advice(name, entry, levels, max(way["windows"] for way in ways)) for name, entry in modes.items()
-              if entry["borderline"] and not entry["control"]]  # fmt: skip
+              if entry["borderline"] and entry["quantised"] and not entry["control"]]  # fmt: skip
     if setup["dtype"] != "float32":
         found.append(
             f"The model computed in {setup['dtype']}: its own rounding is in every figure and sets the noise floor. "
@@ -88,10 +90,16 @@ def advice(name: str, entry: Mapping[str, Any], levels: Sequence[Level], windows
         for limit in limits:
             if value is not None and error and abs(value - limit) <= times * error:
                 wanted = max(wanted, windows * (times * error / max(abs(value - limit), error / 5)) ** 2)
-    more = f"about {_round_up(wanted)} windows would settle it" if wanted else "more windows would settle it"
+    fewest = min(way["windows"] for way in ways)
+    if fewest < FEW_WINDOWS:
+        more = f"{fewest} windows tell no spread: take at least 8"
+    elif wanted > MANY_WINDOWS:
+        more = f"it lies so near that more than {MANY_WINDOWS} windows would be needed"
+    else:
+        more = f"with this spread about {_round_up(max(wanted, windows + 1))} windows would settle it"
     return (
-        f"{name}: mean KLD or top-1 cannot be told from a limit, so the level could be another one; with "
-        f"this spread {more} (--windows, --decode-windows; now {windows})."
+        f"{name}: mean KLD or top-1 cannot be told from a limit, so the level could be another one; "
+        f"{more} (--windows, --decode-windows; now {windows})."
     )
 
 
