@@ -6,7 +6,8 @@ import pytest
 from report_helpers import tiny_model, tiny_scales, token_windows
 from transformers import PreTrainedModel
 
-from foldkv.accuracy import AccuracyReport, accuracy_report
+from foldkv.accuracy import AccuracyReport, accuracy_report, evaluate
+from quant.errors import ArgumentError, UnsupportedModelError
 from quant.scales import KVScales
 
 SIZES = {"num_windows": 0, "decode_windows": 4, "decode_len": 24}
@@ -22,7 +23,7 @@ def scales(model: PreTrainedModel) -> KVScales:
     return tiny_scales(model)
 
 
-def report(model: PreTrainedModel, scales: KVScales, graphs: bool) -> AccuracyReport:
+def report(model: PreTrainedModel, scales: KVScales, graphs: bool | None) -> AccuracyReport:
     windows = token_windows(4, 288, seed=2)
     return accuracy_report(model, ["c8", "c4"], windows, scales=scales, level="quick", graphs=graphs, **SIZES)
 
@@ -46,6 +47,26 @@ def test_the_page_says_that_graphs_were_replayed(model: PreTrainedModel, scales:
     data["setup"]["device"] = "cuda"
     assert "decoded one by one by graph replay" in to_html(data)
     assert "every step one replay of a captured CUDA graph" in to_markdown(data)
+
+
+def test_a_model_that_the_engine_refuses_decodes_without_it(
+    model: PreTrainedModel, scales: KVScales, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by name it is an error; as a GPU's default it is a note of the report."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise UnsupportedModelError("engine: expected a model that takes position_ids, got none")
+
+    monkeypatch.setattr("foldkv.engine.Engine.__init__", refuse)
+    with pytest.raises(ArgumentError, match="takes position_ids"):
+        report(model, scales, True)
+    own = evaluate.make_ways
+    monkeypatch.setattr(
+        "foldkv.accuracy.report.make_ways", lambda *sizes: own(*sizes[:-1], True)
+    )  # what a GPU would choose
+    found = report(model, scales, None).data
+    assert not found["setup"]["ways"][0]["graphs"] and found["verdict"]["trusted"]
+    assert any("Engine refuses the model" in note for note in found["notes"])
 
 
 def test_a_model_is_left_as_it_was(model: PreTrainedModel, scales: KVScales) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from .gates import Gate, GateResult, check_gate, evaluate_gate
 from .measure import Found, OnResult, extra_paths, measure
 from .needle import needle_grid
 from .partial import Partial, scales_digest, weights_digest
-from .sources import CacheSource, ModeSource, has_graphs
+from .sources import CacheSource, ModeSource
 from .stamp import file_sha256, stamp
 from .tasks import check_installed, run_tasks
 from .windows import Progress, make_text
@@ -151,7 +151,7 @@ def accuracy_report(
     )  # fmt: skip
     ways = make_ways(
         sizes.windows, sizes.window_len, sizes.decode_windows, sizes.decode_len, sizes.chunked_windows,
-        has_graphs(model.device) if graphs is None else graphs,
+        model.device.type == "cuda" if graphs is None else graphs,
     )  # fmt: skip
     _check_sizes(model, ways, limit)
     if tasks:
@@ -162,6 +162,12 @@ def accuracy_report(
     base, sources = make_sources(model, modes, scales)
     names = None if baselines is None and sizes.baselines else list(baselines or ())
     others, left_out = make_baselines(names, _head_dim(model), scales)
+    refused = base.refuses_decode(model, sizes.decode_len) if any(way.graphs for way in ways) else None
+    if refused is not None:
+        if graphs:
+            raise ArgumentError(describe("graphs", "a model that foldkv.Engine serves", refused))
+        ways = [replace(way, graphs=False) for way in ways]
+        left_out.append(f"CUDA graphs, as foldkv.Engine refuses the model: {refused}")
     extras = extra_paths(sizes)
     for gate in gates:
         check_gate(gate, [source.name for source in sources], [way.name for way in ways], extras)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from quant.errors import UnsupportedModelError
 from quant.spec import KVSpec, LayerSpecs
 
 if TYPE_CHECKING:
@@ -48,6 +45,10 @@ class CacheSource(ABC):
         """
         raise NotImplementedError(f"{self.name} has no graph")
 
+    def refuses_decode(self, model: PreTrainedModel, length: int) -> str | None:
+        """Why `decode` cannot be had for texts of `length` tokens; None where it can."""
+        return "it has no graph"
+
     def reference(self) -> CacheSource | None:
         """What this source should give, by other means, for its logits to be held against; None where there is none."""
         return None
@@ -80,10 +81,21 @@ class ModeSource(CacheSource):
 
     def decode(self, model: PreTrainedModel, ids: Tensor, prefill: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Through `foldkv.Engine`: on a GPU each step is one replay, on a CPU the same code without graphs."""
-        engine_of = import_module("foldkv.engine").Engine
-        with engine_of(model, max_batch=ids.shape[0], max_seq_len=ids.shape[1], buckets=(ids.shape[0],)) as engine:
+        from foldkv.engine import Engine
+
+        with Engine(model, max_batch=ids.shape[0], max_seq_len=ids.shape[1], buckets=(ids.shape[0],)) as engine:
             for position, logits in enumerate(engine.score(ids, prefill), prefill - 1):
                 yield position, logits[:, None]
+
+    def refuses_decode(self, model: PreTrainedModel, length: int) -> str | None:
+        """What the engine says to the model; an engine for one sequence is made to find out."""
+        from foldkv.engine import Engine
+
+        try:
+            with self.open(model), Engine(model, max_batch=1, max_seq_len=length):
+                return None
+        except UnsupportedModelError as error:
+            return str(error)
 
     def reference(self) -> CacheSource:
         """The same formats and scales through `quant.reference`, with neither the swap nor a kernel."""
@@ -129,11 +141,6 @@ def _attention_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     for name, parameter in model.named_parameters():
         if "attn" in name or "attention" in name:
             yield name.rpartition(".")[2], parameter
-
-
-def has_graphs(device: torch.device) -> bool:
-    """Whether foldkv's own modes decode through a captured graph on this device."""
-    return device.type == "cuda" and find_spec("foldkv.engine") is not None
 
 
 def _is_quantised(spec: KVSpec) -> bool:
