@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from foldkv.accuracy import AccuracyReport, accuracy_report, parse_gate
-from foldkv.accuracy.effort import Effort
-from foldkv.accuracy.gates import evaluate_gate, known_paths
+from foldkv.accuracy.effort import Effort, effort
+from foldkv.accuracy.gates import check_gate, evaluate_gate, known_paths, parse_gates
 from foldkv.accuracy.measure import extra_paths
 from foldkv.cli.main import app
 from quant.errors import ArgumentError
@@ -390,3 +392,32 @@ def test_command_usage(checkpoint: Path, tmp_path: Path, arguments: list[str], c
     assert result.exit_code == code, result.stderr
     assert said in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foldkv.accuracy.report.measure", interrupted)
+    result = run(checkpoint, "--kv", "c8", "--out", tmp_path, *SMALL)
+    assert result.exit_code != 0 and "the same command goes on from there" in result.stderr
+
+
+def test_the_workflow_names_commands_that_exist() -> None:
+    """examples/ci: its options are the command's own, its gates can be read."""
+    yaml = pytest.importorskip("yaml")
+    steps = yaml.safe_load((Path(__file__).parents[1] / "examples/ci/kv-accuracy.yml").read_text())["jobs"]["report"][
+        "steps"
+    ]
+    commands = [shlex.split(step["run"]) for step in steps if "foldkv " in step.get("run", "")]
+    report_command = next(words for words in commands if words[:2] == ["foldkv", "report"])
+    shown = CliRunner().invoke(app, ["report", "--help"], env={"COLUMNS": "200"}).stdout
+    options = {word for word in report_command if word.startswith("--")}
+    assert options and all(option in shown for option in options)
+    texts = [word for before, word in pairwise(report_command) if before == "--fail-if"]
+    gates = parse_gates(texts, ["c8", "k8v4"])
+    assert len(texts) == 3 and len(gates) == 4
+    for gate in gates:
+        check_gate(gate, ["c8", "k8v4", "c4x"], extras=extra_paths(effort("standard")))

@@ -110,7 +110,7 @@ def report(
     if fresh:
         Partial(out, {}).clear()
     loaded, tokenizer = load_model(model, dtype or ("float32" if device == "cpu" else "auto"), device)
-    with progress_bar(not no_progress and not json) as (advance, tell):
+    with _resumable(out), progress_bar(not no_progress and not json) as (advance, tell):
         result = accuracy_report(
             loaded, modes, data, tokenizer=tokenizer, scales=folder, level=level, window_len=window_len,
             decode_len=decode_len, new_tokens=new_tokens, baselines=names, seed=seed, text_column=text_column, gates=gates,
@@ -126,6 +126,17 @@ def report(
         _print(result)
     console.print("wrote " + ", ".join(str(path) for path in paths), markup=False, highlight=False, soft_wrap=True)
     _judge(result)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says, when a run is cut short, that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = f"stopped; finished runs are in {out}: the same command goes on from there"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        raise
 
 
 def scales_folder(model: str, scales: Path | None) -> Path:
