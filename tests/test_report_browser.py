@@ -13,19 +13,25 @@ import numpy as np
 import pytest
 from report_helpers import tiny_model, tiny_scales, token_windows
 
-from foldkv.accuracy import accuracy_report
+from foldkv.accuracy import accuracy_report, ops_cases
+from foldkv.accuracy.ops_report import ops_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)")
 
 WIDTHS = (400, 1100)
-# What the page measures of itself: its width, the window's, where the question and the last answer are.
+# What the page measures of itself, in a frame, as a window is never narrower than 500: its width, the frame's, where the
+# question and the last answer are, pictures that came out tiny.
 MEASURE = """<script>addEventListener("load", () => {
-  const bottom = x => Math.round(x.getBoundingClientRect().bottom);
-  document.body.dataset.sizes = [document.documentElement.scrollWidth, innerWidth,
+  const bottom = x => x ? Math.round(x.getBoundingClientRect().bottom) : 0;
+  parent.postMessage([document.documentElement.scrollWidth, innerWidth,
     bottom(document.querySelector(".question")), bottom([...document.querySelectorAll(".answers li")].pop()),
-    [...document.querySelectorAll("svg")].filter(x => x.getBoundingClientRect().width < 80).length].join(" ");
+    [...document.querySelectorAll("svg")].filter(x => x.getClientRects().length && x.getBoundingClientRect().width < 80).length
+  ].join(" "), "*");
 });</script></body>"""
+FRAME = """<!doctype html><body style="margin: 0"><script>
+addEventListener("message", event => { document.body.dataset.sizes = event.data; });
+</script><iframe src="%s" width="%d" height="900" style="border: 0"></iframe></body>"""
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +55,29 @@ def run(page: Path, *options: str) -> str:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_sticks_out_and_the_answer_comes_first(page: Path, width: int) -> None:
-    measuring = page.with_name(f"measured-{width}.html")
+    question, answers = measure(page, width)
+    assert 0 < question < 300 and question < answers < 900
+
+
+def measure(page: Path, width: int) -> tuple[int, int]:
+    """Where the question and the last answer end; nothing may be wider than the frame, no picture tiny."""
+    measuring, frame = page.with_name(f"measured-{page.name}"), page.with_name(f"frame-{page.name}")
     measuring.write_text(page.read_text().replace("</body>", MEASURE))
-    dom = run(measuring, f"--window-size={width},900", "--dump-dom")
+    frame.write_text(FRAME % (measuring.name, width))
+    dom = run(frame, "--window-size=1300,1000", "--dump-dom")
     found = re.search(r'data-sizes="([^"]*)"', dom)
     assert found, dom[-500:]
     wide, inner, question, answers, crushed = map(int, found[1].split())
-    assert wide <= inner
-    assert question < 300 and answers < 900
+    assert inner == width and wide <= inner
     assert crushed == 0
+    return question, answers
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_of_the_ops_fits_too(page: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops_cases, "SYNTHETIC", {name: ops_cases.SYNTHETIC[name] for name in ("gaussian", "huge")})
+    ops_report(["c8", "c4"], level="quick").save(page.parent)
+    measure(page.with_name("ops.html"), width)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -95,9 +115,9 @@ def pixels(path: Path) -> np.ndarray:
 def test_a_screenshot_has_the_page_on_it(page: Path, width: int, dark: bool, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    run(page, f"--window-size={width},500", f"--screenshot={shot}", *theme)
+    run(page, f"--window-size={width},300", f"--screenshot={shot}", *theme)
     image = pixels(shot)
-    assert image.shape == (500, width, 3)
+    assert image.shape == (300, width, 3)
     ground = float(np.median(image))
     assert ground < 60 if dark else ground > 230
     ink = np.abs(image.astype(int) - ground).max(-1) > 90
