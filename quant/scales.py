@@ -58,6 +58,7 @@ class TensorStats:
     weight:              `[h_kv, d]`, what an error in the channel costs. K: E[q_c^2], averaged over the group's query
                          heads. V: the squared norm of o_proj's column, summed over them; 1 where unknown.
     static:              the scale of the static format that was calibrated for, or None.
+    sample:              `[n, h_kv, d]`, some of the tokens; there after a calibration, never in a file.
     """
 
     min: Tensor
@@ -68,6 +69,7 @@ class TensorStats:
     weight: Tensor
     tokens: int
     static: StaticScale | None = None
+    sample: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def h_kv(self) -> int:
@@ -144,6 +146,11 @@ class KVScales:
     def calibrated_len(self) -> int | None:
         """Positions that the calibration covered: static K ranges are known up to there. None where unknown."""
         return self.config.get("data", {}).get("max_position")
+
+    @property
+    def plan(self) -> str | None:
+        """The mode of every layer that the calibration chose, as `parse_modes` reads it; None where it chose none."""
+        return (self.config.get("plan") or {}).get("mode")
 
     def check(self, error: type[FoldkvError] = ScaleFileError) -> None:
         """Raise `error` unless there is a layer with statistics and all of them are sound."""

@@ -167,7 +167,7 @@ def make_sources(
     def source(mode: Mode) -> CacheSource:
         if isinstance(mode, CacheSource):
             return mode
-        specs = parse_modes(mode, num_layers, float_codec)
+        specs = parse_modes(mode, num_layers, float_codec, scales.plan if scales else None)
         if scales is None and specs.needs_scales:
             fix = "calibrate the model first: foldkv calibrate MODEL"
             raise ArgumentError(describe(f"mode {specs.name}", "the scales of a calibration", "none", fix))

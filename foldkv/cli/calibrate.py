@@ -27,6 +27,9 @@ def calibrate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the scales; default MODEL/kv_cache.")] = None,
     mode: Annotated[str, typer.Option(help="Mode whose static scales are stored; any other can be derived.")] = "c8",
+    estimator: Annotated[
+        str, typer.Option(help="Ranges of static scales: minmax, absmax, percentile, mse, softmax_kl (K), ....")
+    ] = "minmax",
     num_samples: Annotated[
         int | None, typer.Option(help="Windows of text; default 64, or 16 where the model writes them.")
     ] = None,
@@ -61,6 +64,7 @@ def calibrate(
             data,
             tokenizer=tokenizer,
             mode=mode,
+            estimator=estimator,
             num_samples=num_samples,
             max_seq_len=max_seq_len,
             max_position=max_position,

@@ -100,7 +100,7 @@ def _check_usage(modes: list[str], fail_if: list[str], windows: int, decode_wind
         raise UsageError(describe("--windows and --decode-windows", "one of them above 0", "0 and 0"))
     try:
         for mode in modes:
-            parse_modes(mode, num_layers=sys.maxsize)
+            parse_modes(mode, num_layers=sys.maxsize, plan="c8")
         gates = [parse_gate(text) for text in fail_if]
         for gate in gates:
             check_gate(gate, [*(mode for mode in modes if mode != CONTROL_MODE), CONTROL_MODE], ways)

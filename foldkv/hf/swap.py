@@ -39,7 +39,8 @@ def swap_kv_cache(
     """Let `model.generate()` keep its KV cache in foldkv pages, and attend to them with foldkv's kernels.
 
     model:  a transformers decoder; its code and weights are not touched.
-    mode:   see `quant.spec.parse_modes`: "c8", "k8v4", "c4,0:c8", a `KVSpec`, a mapping of layers.
+    mode:   see `quant.spec.parse_modes`: "c8", "k8v4", "c4,0:c8", a `KVSpec`, a mapping of layers; "auto" is the
+            plan of `scales`.
     scales: of `calibrate` or `KVScales.load`; needed by modes with static scales, used where given by the others.
     page_size: tokens of a page: 16, 32, 64 or 128.
 
@@ -106,7 +107,7 @@ class KVSwap:
         self.page_size = page_size
         self._text_config = model.config.get_text_config(decoder=True)
         float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-        self.specs = parse_modes(mode, self.num_layers, float_codec)
+        self.specs = parse_modes(mode, self.num_layers, float_codec, scales.plan if scales else None)
         self._params = self._layer_params()
         self._warned_length = False
         self._changes: list[_Change] = []
