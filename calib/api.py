@@ -13,9 +13,10 @@ from quant.errors import ArgumentError, CalibrationError, describe
 from quant.scales import KVScales, LayerStats, model_facts, model_hash
 from quant.spec import KVSpec, LayerSpecs, parse_modes
 
-from .collect import check_model, collect, eval_mode, text_config
+from .collect import Snapshot, check_model, collect, eval_mode, text_config
 from .data import Data, Windows, load_windows, write_windows
 from .data_free import bias_stats
+from .drift import drift, to_json
 from .estimators import DEFAULT, Estimator, Target, estimate, parse_estimators
 from .provenance import now, versions, weight_index_hash
 from .sequences import LayerSequences, SequenceSample
@@ -24,6 +25,8 @@ from .sequences import LayerSequences, SequenceSample
 NUM_SAMPLES = 64
 NUM_OWN_SAMPLES = 16
 MAX_SEQ_LEN = 1024
+# What the first so many samples say is held against what all of them say.
+EARLY_SAMPLES = 16
 # Fewer tokens than this cannot show a range.
 MIN_TOKENS = 16
 
@@ -46,11 +49,13 @@ def calibrate(
     batch_size: int = 4,
     seed: int = 0,
     text_column: str = "text",
+    compare: Data | None = None,
+    gather: Callable[..., list[LayerStats | None]] = collect,
     progress: Progress | None = None,
 ) -> KVScales:
     """Run text through `model` once and return the statistics and static scales of its K and V.
 
-    data: a `.txt` or `.jsonl` path, strings, token ids `[n]` or `[rows, len]`, or None: the model writes its own text.
+    data: a file or hub data set (see `calib.documents`), strings, token ids `[n]` or `[rows, len]`, or None: the model writes its own text.
     tokenizer: the model's; needed for text. mode: whose static scales are stored; the statistics serve any other too.
     estimator: how the ranges of static scales are chosen: a name of `calib.estimators.ESTIMATORS`, or `K/V` of two;
         "bias" reads no text: see `calib.data_free`.
@@ -59,7 +64,11 @@ def calibrate(
     max_position: positions that the scales shall hold for; default max_seq_len. Windows are spread over them by
         shifting their position ids: RoPE attention sees differences alone, so this costs nothing, where K ranges that
         are known up to 1024 are wrong at 2048. The wider ranges cost some accuracy on short text.
+    compare: another corpus, of which as much is read, to say how far its statistics lie from those of `data`.
+    gather: what runs the text through the model: `collect`, or that of a `calib.stream.StreamedCheckpoint`.
     progress: called with (what is being done, steps done, steps in all).
+
+    `config["data"]["drift"]` has the drift between the first 16 samples and all, and between the corpora.
     Errors: UnsupportedModelError, ArgumentError, CalibrationError (bad data; dead or non-finite heads, named).
     """
     check_model(model)
@@ -89,12 +98,24 @@ def calibrate(
         model, data, tokenizer, samples, seq_len, seed=seed, text_column=text_column, progress=progress
     )
     batches = _batches(windows.tokens, batch_size, positions)
-    layers = collect(
-        model, batches, seed=seed, sequences=sequences, on_batch=_report(progress, "calibrating", samples)
-    )
+    snapshot = Snapshot(EARLY_SAMPLES)
+    layers = gather(
+        model, batches, seed=seed, sequences=sequences, snapshot=snapshot,
+        on_batch=_report(progress, "calibrating", samples),
+    )  # fmt: skip
     for idx, layer in enumerate(layers):
         if layer is not None:
             attach_static(layer, specs[idx], estimators, sequences.layers.get(idx) if sequences else None)
+    drifts: dict[str, Any] = {}
+    if snapshot.layers and snapshot.sequences < samples:
+        drifts["samples"] = {"first": snapshot.sequences, **to_json(drift(snapshot.layers, layers))}
+    if compare is not None:
+        others = text_windows(
+            model, compare, tokenizer, samples, seq_len, seed=seed, text_column=text_column, progress=progress
+        )
+        batches = _batches(others.tokens, batch_size, positions)
+        second = gather(model, batches, seed=seed, on_batch=_report(progress, "comparing corpora", samples))
+        drifts["corpora"] = {"source": others.source, "sha256": others.sha256(), **to_json(drift(layers, second))}
     facts = {
         "source": windows.source,
         "sha256": windows.sha256(),
@@ -102,7 +123,7 @@ def calibrate(
         "max_seq_len": seq_len,
         "max_position": positions,
         "seed": seed,
-    }
+    } | ({"drift": drifts} if drifts else {})
     return KVScales(layers, origin(model, specs, estimator, facts))
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
 Batch = Tensor | Mapping[str, Tensor]
 
 
+@dataclass
+class Snapshot:
+    """Statistics after the first `sequences` sequences (afterwards: as many as there were at the end of their batch)."""
+
+    sequences: int
+    layers: list[LayerStats | None] = field(default_factory=list)
+
+
 def collect(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -34,6 +43,7 @@ def collect(
     seed: int = 0,
     sample_tokens: int = SAMPLE_TOKENS,
     sequences: SequenceSample | None = None,
+    snapshot: Snapshot | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[LayerStats | None]:
     """Statistics of every layer's K and V over `batches`; None for layers without a cache of their own.
@@ -44,18 +54,21 @@ def collect(
         `position_ids`, all `[batch, seq]`; tokens whose mask is 0, left or right, are not counted.
     seed, sample_tokens: percentiles come from a uniform sample of that many tokens, drawn with that seed.
     sequences: takes the q, k and v of the whole sequences that it wants, those without padding.
+    snapshot: gets the statistics of the first sequences.
     on_batch: called with the number of sequences done, after each batch.
     Errors: UnsupportedModelError; CalibrationError naming layer and head for non-finite or dead heads, and for layers
     that saw no token.
     """
     expected = check_model(model)
-    collector = _Collector(model, TokenSample(sample_tokens, seed), sequences)
+    collector = Collector(model, TokenSample(sample_tokens, seed), sequences)
     done = 0
     with collector.attached(), torch.no_grad():
         for batch in batches:
             if sequences is not None:
                 sequences.advance(done, len(batch if isinstance(batch, Tensor) else batch["input_ids"]))
             done += collector.forward(batch)
+            if snapshot is not None and not snapshot.layers and done >= snapshot.sequences:
+                snapshot.layers, snapshot.sequences = collector.finish(), done
             if on_batch is not None:
                 on_batch(done)
     if not collector.layers:
@@ -65,9 +78,7 @@ def collect(
     if unseen:
         fix = "its attention did not go through AttentionInterface"
         raise CalibrationError(describe(f"layer {unseen[0]}", "observed tokens", "none", fix))
-    num_layers = max(len(_layer_types(model)), max(collector.layers) + 1)
-    found = (collector.layers.get(idx) for idx in range(num_layers))
-    return [None if layer is None else layer.finish() for layer in found]
+    return collector.finish()
 
 
 def check_model(model: Any) -> set[int]:
@@ -111,7 +122,7 @@ def _layer_types(model: PreTrainedModel) -> list[str]:
     return list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
 
 
-class _Collector:
+class Collector:
     """The observers of one pass, fed by the registered attention function."""
 
     def __init__(self, model: PreTrainedModel, sample: TokenSample, sequences: SequenceSample | None) -> None:
@@ -160,6 +171,12 @@ class _Collector:
             layer.check_finite()
         return len(ids)
 
+    def finish(self) -> list[LayerStats | None]:
+        """The statistics so far, one entry a layer; CalibrationError naming layer and head for a dead head."""
+        num_layers = max(len(_layer_types(self._model)), max(self.layers) + 1)
+        found = (self.layers.get(idx) for idx in range(num_layers))
+        return [None if layer is None else layer.finish() for layer in found]
+
     def observe(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> None:
         """Take in post-RoPE q `[batch, h_q, seq, d]`, k and v `[batch, h_kv, seq, d]` of one layer.
 
@@ -195,7 +212,7 @@ class _Collector:
         return ALL_ATTENTION_FUNCTIONS[self._stock]
 
 
-_active: ContextVar[_Collector] = ContextVar("foldkv_collector")
+_active: ContextVar[Collector] = ContextVar("foldkv_collector")
 
 
 def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -183,7 +183,7 @@ class KVScales:
                 entry = {"h_kv": layer.k.h_kv, "head_dim": layer.k.head_dim}
                 for tensor, stats in (("k", layer.k), ("v", layer.v)):
                     entry[f"{tensor}_format"] = stats.static and stats.static.fmt
-                    tensors |= {_tensor_name(idx, tensor, part): value for part, value in _parts(stats).items()}
+                    tensors |= {_tensor_name(idx, tensor, part): value for part, value in stats_parts(stats).items()}
             entries.append(entry)
         write_pair(Path(directory), tensors, {**_FIXED, **self.config, **_FIXED, "layers": entries})
 
@@ -240,7 +240,7 @@ def _tensor_name(layer_idx: int, tensor: str, part: str) -> str:
     return f"model.layers.{layer_idx}.self_attn.{tensor}_{part}"
 
 
-def _parts(stats: TensorStats) -> dict[str, Tensor]:
+def stats_parts(stats: TensorStats) -> dict[str, Tensor]:
     """The tensors of a file that hold `stats`, by the last part of their names."""
     parts = {name: getattr(stats, name) for name in _STATISTICS}
     if stats.static is not None:

@@ -107,7 +107,7 @@ def accuracy_report(
 
     model: in eval mode; float32 keeps the noise floor low. modes: names, `KVSpec`s, `LayerSpecs`, or a `CacheSource` of
         your own; the control `c4x` always runs beside them.
-    data: a .txt or .jsonl file, strings, or token ids, as `calibrate` takes them; None: text that the model writes itself.
+    data: a file or hub data set, strings, or token ids, as `calibrate` takes them; None: text that the model writes itself.
     tokenizer: needed for text. scales: of a calibration, or the folder that holds it.
     num_windows, window_len: text appended to the cache in one piece. decode_windows, decode_len: text decoded token by
         token, the beginnings of the same windows. 0 windows leave a way out.
