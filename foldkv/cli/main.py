@@ -13,6 +13,7 @@ from .calibrate import calibrate
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
+from .interchange import export, import_
 from .models import models
 from .report import report
 
@@ -42,6 +43,8 @@ def _main(
 
 for _command in (calibrate, inspect, generate, report, bench, models, doctor):
     app.command()(_command)
+app.command("export")(export)
+app.command("import")(import_)
 
 
 def main() -> None:
