@@ -29,7 +29,7 @@ def bias_stats(model: PreTrainedModel, max_position: int) -> list[LayerStats | N
     """
     check_model(model)
     base: Any = model.get_decoder()
-    return [_layer(model, base, layer, max_position) for layer in base.layers]
+    return [_layer(model, base, layer, max_position) for layer in getattr(base, "layers", [None])]
 
 
 def _layer(model: PreTrainedModel, base: Any, layer: Any, max_position: int) -> LayerStats:
