@@ -55,7 +55,8 @@ def calibrate(
 ) -> KVScales:
     """Run text through `model` once and return the statistics and static scales of its K and V.
 
-    data: a file or hub data set (see `calib.documents`), strings, token ids `[n]` or `[rows, len]`, or None: the model writes its own text.
+    data: a file or hub data set (see `calib.documents`), strings, token ids `[n]` or `[rows, len]`, or
+        None: the model writes its own text.
     tokenizer: the model's; needed for text. mode: whose static scales are stored; the statistics serve any other too.
     estimator: how the ranges of static scales are chosen: a name of `calib.estimators.ESTIMATORS`, or `K/V` of two;
         "bias" reads no text: see `calib.data_free`.

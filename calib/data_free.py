@@ -24,7 +24,8 @@ def bias_stats(model: PreTrainedModel, max_position: int) -> list[LayerStats | N
 
     A normalised input is taken to have independent channels of unit power, so that channel c of a projection W has
     deviation sqrt(sum_j (W_cj gamma_j)^2) and mean its bias; RoPE turns mean and deviation of K. The offset, exact where
-    the bias is, is what matters (published figures on Qwen2.5 put such offsets within 0.03 perplexity of measured ones); the width is a guess: prefer any text.
+    the bias is, is what matters (published figures on Qwen2.5 put such offsets within 0.03 perplexity of measured ones);
+    the width is a guess: prefer any text.
     Errors: UnsupportedModelError where the layers do not have q_proj, k_proj, v_proj behind a plain norm, or norm q or k.
     """
     check_model(model)
@@ -33,7 +34,7 @@ def bias_stats(model: PreTrainedModel, max_position: int) -> list[LayerStats | N
 
 
 def _layer(model: PreTrainedModel, base: Any, layer: Any, max_position: int) -> LayerStats:
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     usable = attention is not None and all(hasattr(attention, name) for name in names)
     usable = usable and hasattr(layer, "input_layernorm") and not hasattr(attention, "k_norm")

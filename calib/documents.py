@@ -35,7 +35,9 @@ def open_documents(data: str | Path, text_column: str, tokenizer: Any) -> tuple[
     elif path.suffix in readers:
         texts = _records_text(readers[path.suffix](path), text_column, tokenizer)
     else:
-        raise CalibrationError(describe(f"data {path}", "a .txt, .jsonl or .parquet file, or hub:NAME", repr(path.suffix)))
+        raise CalibrationError(
+            describe(f"data {path}", "a .txt, .jsonl or .parquet file, or hub:NAME", repr(path.suffix))
+        )
     return _checked(texts, str(path)), path.name
 
 

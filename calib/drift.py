@@ -45,7 +45,9 @@ HEAD_ROOM = 0.05
 
 def drift(first: Sequence[LayerStats | None], second: Sequence[LayerStats | None]) -> list[Drift]:
     """The drift of K and of V from the first statistics to the second ones, of the same layers."""
-    pairs = [(idx, a, b) for idx, (a, b) in enumerate(zip(first, second, strict=True)) if a is not None and b is not None]
+    pairs = [
+        (idx, a, b) for idx, (a, b) in enumerate(zip(first, second, strict=True)) if a is not None and b is not None
+    ]
     return [
         _tensor_drift(name, [(idx, getattr(a, name), getattr(b, name)) for idx, a, b in pairs]) for name in ("k", "v")
     ]

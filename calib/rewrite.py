@@ -70,12 +70,12 @@ _LIMIT = float(torch.tensor(MAX_BALANCE).log())
 
 def v_transform(stats: TensorStats, kind: str) -> Tensor:
     """T fp64 `[h_kv, d, d]`: T^-1 v is what shall be cached. "balance": diagonal; "rotate": balance, then Hadamard."""
-    h_kv, d = stats.min.shape
+    d = stats.head_dim
     diagonal = torch.diag_embed(balance(stats).double())
     return diagonal if kind == "balance" else diagonal @ hadamard(torch.eye(d, dtype=torch.float64))
 
 
-def fold_k_balance(attention: nn.Module, factor: Tensor) -> None:
+def fold_k_balance(attention: Any, factor: Tensor) -> None:
     """Divide K by `factor` `[h_kv, d]`, equal on RoPE pairs, and multiply the group's queries by it."""
     q, k = attention.q_proj, attention.k_proj
     group = q.weight.shape[0] // k.weight.shape[0]
@@ -83,7 +83,7 @@ def fold_k_balance(attention: nn.Module, factor: Tensor) -> None:
     _scale_rows(q, factor.repeat_interleave(group, dim=0).flatten())
 
 
-def fold_v_transform(attention: nn.Module, transform: Tensor) -> None:
+def fold_v_transform(attention: Any, transform: Tensor) -> None:
     """Cache T^-1 v in place of v, T fp64 `[h_kv, d, d]`, and give T to the columns of o_proj."""
     v, o = attention.v_proj, attention.o_proj
     h_kv, d, _ = transform.shape

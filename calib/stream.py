@@ -31,7 +31,8 @@ class StreamedCheckpoint:
 
     model: its decoder with embeddings and a single layer's room, to be given to `calibrate`, with `gather=self.collect`.
     work: a folder for what is done so far: the statistics of each finished layer and the hidden states behind the last.
-        Killed at any point, a run on the same folder goes on behind the last finished layer. `clear` it once the scales are saved.
+        Killed at any point, a run on the same folder goes on behind the last finished layer. `clear` it once the scales
+        are saved.
     Errors: ArgumentError for what is no checkpoint; UnsupportedModelError where layers share K and V, or lie in no list.
     """
 
@@ -143,8 +144,8 @@ class StreamedCheckpoint:
         The decoder's own forward makes masks, positions and what else a layer wants; its layers stand in: those before
         `idx` do nothing, layer `idx` works on the stored hidden states, and there the pass ends.
         """
-        proxies = nn.ModuleList(_Proxy(number, idx, layer) for number in range(self._num_layers))
-        _set_submodule(self.model, self._list_name, proxies)
+        proxies = [_Proxy(number, idx, layer) for number in range(self._num_layers)]
+        _set_submodule(self.model, self._list_name, nn.ModuleList(proxies))
         after: list[Tensor] = []
         done = 0
         with collector.attached():
@@ -155,7 +156,7 @@ class StreamedCheckpoint:
                 proxies[idx].hidden = None if hidden is None else hidden[number].to(self._device)
                 try:
                     collector.forward(batch)
-                except _LayerDone as result:
+                except _LayerDoneError as result:
                     after.append(result.hidden.cpu())
                 collector.layers[idx].check_finite()
                 done += size
@@ -169,7 +170,15 @@ class StreamedCheckpoint:
         """The folder of this very calibration: its name is the hash of everything that its figures depend on."""
         inputs = [{name: value.tolist() for name, value in batch.items()} for batch in batches]
         sizes = {name: (self.checkpoint.folder / name).stat().st_size for name in set(self.checkpoint.shards.values())}
-        facts = [model_hash(self.model.config), self.checkpoint.shards, sizes, inputs, seed, sample_tokens, str(self._dtype)]
+        facts = [
+            model_hash(self.model.config),
+            self.checkpoint.shards,
+            sizes,
+            inputs,
+            seed,
+            sample_tokens,
+            str(self._dtype),
+        ]
         run = self.work / f"{_RUN}{json_sha256(facts)[:16]}"
         run.mkdir(parents=True, exist_ok=True)
         return run
@@ -213,7 +222,7 @@ def _hidden_path(run: Path, idx: int) -> Path:
     return run / f"hidden-{idx:05}.safetensors"
 
 
-class _LayerDone(Exception):
+class _LayerDoneError(Exception):
     """Ends a forward pass behind the layer that was asked for."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -244,7 +253,7 @@ class _Proxy(nn.Module):
         if self.number < self.wanted:
             return hidden
         result = self.layer(hidden if self.hidden is None else self.hidden, *args, **kwargs)
-        raise _LayerDone(result[0] if isinstance(result, tuple) else result)
+        raise _LayerDoneError(result[0] if isinstance(result, tuple) else result)
 
 
 def _skeleton(text_config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -288,9 +297,7 @@ def _pack(stats: TensorStats, tensor: str) -> dict[str, Tensor]:
 
 
 def _unpack(tensors: Mapping[str, Tensor], tensor: str) -> TensorStats:
-    parts = {
-        name.removeprefix(f"{tensor}_"): value for name, value in tensors.items() if name.startswith(f"{tensor}_")
-    }
+    parts = {name.removeprefix(f"{tensor}_"): value for name, value in tensors.items() if name.startswith(f"{tensor}_")}
     return TensorStats(**{**parts, "tokens": int(parts["tokens"].sum())})  # type: ignore[arg-type]
 
 

@@ -107,7 +107,9 @@ def test_costs_are_those_of_each_tensor_alone(hard: tuple[Any, KVScales]) -> Non
     found = sensitivities(model, sizes(dict.fromkeys(range(3), (2, 16))), scales, text)
     costs = {choice.name: cost for _, of in found for choice, cost in of.items()}
     assert len(costs) == 30 and all(costs[name] == 0 for name in costs if name.endswith("c16"))
-    again = measure(model, {"x": LayerSpecs(parse_modes("c16", 3).default, {1: parse_modes("c16/c4r", 3).default})}, scales, text)
+    again = measure(
+        model, {"x": LayerSpecs(parse_modes("c16", 3).default, {1: parse_modes("c16/c4r", 3).default})}, scales, text
+    )
     assert costs["1.v.c4r"] == pytest.approx(again["x"]["kld_mean"], rel=1e-6)
     assert costs["0.k.c4"] > costs["0.k.c8"] > 0
 
@@ -138,7 +140,9 @@ def test_a_plan_that_is_worse_gives_way_to_a_uniform_mode(
 
     def lie(*args: Any, **kwargs: Any) -> Any:
         found = sensitivities(*args, **kwargs)
-        return [(size, {choice: -choice.bits(16) * (choice.mode == "c4s") for choice in costs}) for size, costs in found]
+        return [
+            (size, {choice: -choice.bits(16) * (choice.mode == "c4s") for choice in costs}) for size, costs in found
+        ]
 
     monkeypatch.setattr(api, "sensitivities", lie)
     model, scales = hard
@@ -161,7 +165,14 @@ def test_a_kld_budget_is_kept_on_held_out_text(hard: tuple[Any, KVScales]) -> No
 def test_the_plan_travels_with_the_scales(tmp_path: Path, hard: tuple[Any, KVScales]) -> None:
     model, _ = hard
     scales = calibrate_auto(
-        model, tokens(14, 64), budget=Budget(bits=6.5), num_samples=8, max_seq_len=64, windows=2, held_out=3, window_len=64
+        model,
+        tokens(14, 64),
+        budget=Budget(bits=6.5),
+        num_samples=8,
+        max_seq_len=64,
+        windows=2,
+        held_out=3,
+        window_len=64,
     )
     scales.save(tmp_path)
     back = KVScales.load(tmp_path, model.config)

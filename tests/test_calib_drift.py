@@ -185,7 +185,9 @@ def test_hub_data_sets_that_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None
         raise FileNotFoundError("Dataset 'org/set' doesn't exist on the Hub\nmore")
 
     fake_datasets(monkeypatch, load)
-    with pytest.raises(CalibrationError, match="hub:org/set: expected a data set that loads, got Dataset 'org/set'.*network"):
+    with pytest.raises(
+        CalibrationError, match="hub:org/set: expected a data set that loads, got Dataset 'org/set'.*network"
+    ):
         list(open_documents("hub:org/set", "text", None)[0])
     for wrong in ("hub:", "hub:a:b:c:d"):
         with pytest.raises(CalibrationError, match="expected hub:NAME"):

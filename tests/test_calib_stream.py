@@ -47,7 +47,9 @@ def streamed(folder: Path, work: Path, ids: Any, **options: Any) -> KVScales:
     return scales
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "gpt_oss", "gpt_neox"]
+)
 def test_streaming_gives_the_same_bits(tmp_path: Path, family: str) -> None:
     """Masks, windows, sinks, two kinds of layers: the decoder's own forward makes what each layer is given."""
     tiny_model(family).save_pretrained(tmp_path / "model", max_shard_size="20KB")
@@ -131,9 +133,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, big: Path) -> Non
     assert not work.exists()
     model, tokenizer = load_model(big / "model")
     text = str(big / "text.jsonl")
-    assert_same(
-        KVScales.load(out), calibrate(model, text, tokenizer=tokenizer, num_samples=32, max_seq_len=128)
-    )
+    assert_same(KVScales.load(out), calibrate(model, text, tokenizer=tokenizer, num_samples=32, max_seq_len=128))
 
 
 def test_every_half_written_state_is_sound(tmp_path: Path) -> None:

@@ -28,9 +28,7 @@ def stats_of(rows: Tensor, weight: Tensor | None = None) -> TensorStats:
     percentiles = torch.quantile(rows, torch.tensor(PERCENTILES) / 100, dim=0)
     low, high = rows.amin(0), rows.amax(0)
     weight = torch.ones_like(low) if weight is None else weight
-    return TensorStats(
-        low, high, rows.mean(0), rows.var(0, correction=0), percentiles, weight, len(rows), sample=rows
-    )
+    return TensorStats(low, high, rows.mean(0), rows.var(0, correction=0), percentiles, weight, len(rows), sample=rows)
 
 
 def heavy(n: int = 300, h: int = 2, d: int = 16, seed: int = 0) -> Tensor:
@@ -58,7 +56,9 @@ def shrunk(stats: TensorStats, fmt: Format, factor: float) -> StaticScale:
 # --- from statistics --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", [CHANNEL, HEAD, Format("int8", "channel", symmetric=False), Format("int4", "channel", clip=0.8)])
+@pytest.mark.parametrize(
+    "fmt", [CHANNEL, HEAD, Format("int8", "channel", symmetric=False), Format("int4", "channel", clip=0.8)]
+)
 def test_minmax_is_the_default_scale(fmt: Format) -> None:
     stats = stats_of(heavy())
     got, wanted = estimate(ESTIMATORS["minmax"], Target(stats, fmt)), static_scale(stats, fmt)
@@ -82,7 +82,9 @@ def test_absmax_and_percentile_ranges() -> None:
 # --- by search --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", [CHANNEL, HEAD, Format("int4", "channel"), Format("int4", "head", symmetric=False)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [CHANNEL, HEAD, Format("int4", "channel"), Format("int4", "head", symmetric=False)], ids=str
+)
 def test_mse_finds_the_least_error(fmt: Format) -> None:
     """Per channel, or per head where the scale is: no factor of the grid has a smaller one, and 1 is beaten."""
     rows = heavy()
@@ -114,7 +116,9 @@ def weights_of(q: Tensor, k: Tensor, head: int, window: int | None) -> Tensor:
     rows = []
     for place in range(len(q)):
         first = 0 if window is None else max(0, place - window + 1)
-        logits = torch.tensor([0.3 * float(q[place, head].double() @ k[t, head // 2].double()) for t in range(first, place + 1)])
+        logits = torch.tensor(
+            [0.3 * float(q[place, head].double() @ k[t, head // 2].double()) for t in range(first, place + 1)]
+        )
         row = torch.zeros(len(q), dtype=torch.float64)
         row[first : place + 1] = logits.double().softmax(-1)
         rows.append(row)

@@ -18,7 +18,7 @@ from quant.errors import ArgumentError, UnsupportedModelError
 from quant.pages import BALANCE, MEAN, identity_params
 from quant.reference import dequantize, hadamard, quantize
 from quant.scales import KVScales
-from quant.spec import MODES, Format
+from quant.spec import Format
 
 FAMILIES = ["llama", "qwen2", "mistral", "gemma2"]
 
@@ -33,7 +33,9 @@ def ready(family: str) -> tuple[Any, Tensor, KVScales]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("k", "v"), [("balance", "none"), ("none", "balance"), ("none", "rotate"), ("balance", "rotate")])
+@pytest.mark.parametrize(
+    ("k", "v"), [("balance", "none"), ("none", "balance"), ("none", "rotate"), ("balance", "rotate")]
+)
 def test_the_function_stays(family: str, k: str, v: str) -> None:
     """Each alone and together, with biases, RoPE and groups: the logits are those of before, K and V are not."""
     model, ids, scales = ready(family)
@@ -42,7 +44,9 @@ def test_the_function_stays(family: str, k: str, v: str) -> None:
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
     new = capture(model, ids)
     for idx in old:
-        changed = [not torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(old[idx][1:], new[idx][1:], strict=True)]
+        changed = [
+            not torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(old[idx][1:], new[idx][1:], strict=True)
+        ]
         assert changed == [k != "none", v != "none"]
 
 
@@ -102,7 +106,7 @@ def test_what_cannot_be_rewritten_is_left_alone() -> None:
         ("qwen3", {}, "K without a norm behind its projection"),
         ("gpt2", {}, "its projections are fused"),
     ):
-        model, ids, scales = ready(family)
+        model, _, scales = ready(family)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(UnsupportedModelError, match=message):
             rewrite_model(model, scales, **options)
@@ -141,5 +145,3 @@ def test_mean_balance_and_rotation_are_exact_where_nothing_is_quantised(flags: t
     codes, scale, zero = quantize(x, fmt, params)
     error = (dequantize(codes, fmt, params, scale, zero) - x).abs().amax()
     assert 0 < float(error) < 2.0
-
-

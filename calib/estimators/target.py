@@ -79,7 +79,9 @@ class Estimator:
     needs: str = "stats"
 
 
-def least(target: Target, loss: Callable[[float], Tensor], factors: tuple[float, ...] = FACTORS) -> tuple[Tensor, Tensor]:
+def least(
+    target: Target, loss: Callable[[float], Tensor], factors: tuple[float, ...] = FACTORS
+) -> tuple[Tensor, Tensor]:
     """The range whose factor has the least `loss`: a tensor `[h_kv, d]` or `[h_kv, 1]`, each entry for itself."""
     found: Tensor | None = None
     for factor in factors:

@@ -42,7 +42,9 @@ def write_checkpoint(
     old = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config and old.get("quantization_config"):
         got = str(old["quantization_config"].get("quant_method"))
-        raise ArgumentError(describe("checkpoint", "one without a quantization_config", got, "export from the original"))
+        raise ArgumentError(
+            describe("checkpoint", "one without a quantization_config", got, "export from the original")
+        )
     shards = dict(checkpoint.shards)
     # transformers prefers model.safetensors to an index, so a single file gets a shard's name.
     renamed = {SINGLE_FILE: "model-00001-of-00001.safetensors"} if SINGLE_FILE in shards.values() else {}
@@ -111,5 +113,7 @@ def layer_name(folder: Path) -> str:
     """What the checkpoint puts before a layer's number, as "model.layers."."""
     stems = {match[1] for name in Checkpoint(folder).shards if (match := re.match(r"(.*\blayers\.)\d+\.", name))}
     if len(stems) != 1:
-        raise ArgumentError(describe(f"checkpoint {folder}", "tensors named ...layers.0...", ", ".join(stems) or "none"))
+        raise ArgumentError(
+            describe(f"checkpoint {folder}", "tensors named ...layers.0...", ", ".join(stems) or "none")
+        )
     return stems.pop()

@@ -11,7 +11,7 @@ from quant.errors import ArgumentError, ScaleFileError, describe
 from quant.scale_files import replace_files
 from quant.scales import KVScales
 
-from .external import ExternalScales, ExternalTensor, absmax, FP8_MAX
+from .external import FP8_MAX, ExternalScales, ExternalTensor, absmax
 
 _DTYPE = "float8_e4m3fn"
 
@@ -44,7 +44,9 @@ def read(path: Path) -> ExternalScales:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         cache = value["kv_cache"]
-        factors = {int(rank): {int(idx): float(x) for idx, x in of.items()} for rank, of in cache["scaling_factor"].items()}
+        factors = {
+            int(rank): {int(idx): float(x) for idx, x in of.items()} for rank, of in cache["scaling_factor"].items()
+        }
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ScaleFileError(describe(str(path), "SGLang's kv_cache scaling factors", str(error))) from error
     if cache.get("dtype") != _DTYPE:

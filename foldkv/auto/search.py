@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quant.errors import ArgumentError, describe
 
@@ -75,7 +76,8 @@ def frontier(options: Sequence[tuple[TensorSize, Mapping[Choice, float]]]) -> li
                     after[key] = (cost + extra, (choice, chain))
         states = _undominated(after)
     return [
-        Solution(_unchain(chain), bits / total if total else 0.0, cost) for bits, (cost, chain) in sorted(states.items())
+        Solution(_unchain(chain), bits / total if total else 0.0, cost)
+        for bits, (cost, chain) in sorted(states.items())
     ]
 
 
@@ -88,10 +90,10 @@ def _undominated(states: Mapping[float, tuple[float, object]]) -> dict[float, tu
     return kept
 
 
-def _unchain(chain: object) -> tuple[Choice, ...]:
-    found = []
+def _unchain(chain: Any) -> tuple[Choice, ...]:
+    found: list[Choice] = []
     while chain is not None:
-        choice, chain = chain  # type: ignore[misc]
+        choice, chain = chain
         found.append(choice)
     return tuple(reversed(found))
 

@@ -66,9 +66,7 @@ def sensitivities(
     """
     options = {size: [choice for choice in choices(size) if choice.mode not in skip] for size in tensor_sizes}
     codec = float_codec(model)
-    maps = {
-        choice.name: choice.alone(codec) for found in options.values() for choice in found if choice.mode != EXACT
-    }
+    maps = {choice.name: choice.alone(codec) for found in options.values() for choice in found if choice.mode != EXACT}
     figures = measure(model, maps, scales, tokens, what="measuring layers", progress=progress)
 
     def cost(choice: Choice) -> float:

@@ -129,7 +129,7 @@ def _open_stream(
         raise UsageError(describe("--stream", "a checkpoint directory", model, "download it first"))
     wanted = parse_dtype(dtype)
     work = folder.with_name(f"{folder.name}.partial")
-    return StreamedCheckpoint(model, work, dtype=None if wanted == "auto" else wanted, device=device)
+    return StreamedCheckpoint(model, work, dtype=None if isinstance(wanted, str) else wanted, device=device)
 
 
 def _check_data(name: str, value: str | None) -> None:

@@ -15,7 +15,9 @@ _FORMATS = "compressed-tensors (vLLM), modelopt, sglang, paddle"
 @cli_errors()
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint directory.", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="The new checkpoint folder, or the scale file (sglang), or its folder (paddle).")],
+    out: Annotated[
+        Path, typer.Option(help="The new checkpoint folder, or the scale file (sglang), or its folder (paddle).")
+    ],
     format_name: Annotated[str, typer.Option("--format", help=f"{_FORMATS}.")] = "compressed-tensors",
     scales: Annotated[Path | None, typer.Option(help="Folder of the calibration (default: MODEL/kv_cache)")] = None,
     per: Annotated[str, typer.Option(help="tensor or head (compressed-tensors).")] = "tensor",

@@ -32,8 +32,15 @@ SCHEMES = {
     "int8_head_asym": {"num_bits": 8, "type": "int", "strategy": "attn_head", "symmetric": False},
 }
 CONFIG = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False,
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
 )
 
 
@@ -53,7 +60,8 @@ def absmax(model, rows):
             model(torch.tensor([row]), use_cache=False)
     model.set_attn_implementation("sdpa")
     return {
-        str(idx): {name: torch.stack(parts).amax(0).tolist() for name, parts in entry.items()} for idx, entry in seen.items()
+        str(idx): {name: torch.stack(parts).amax(0).tolist() for name, parts in entry.items()}
+        for idx, entry in seen.items()
     }
 
 
@@ -73,8 +81,12 @@ def main():
             scheme = {"dynamic": False, "symmetric": True, "observer": "static_minmax", **scheme}
             out = Path(temporary) / name
             oneshot(
-                model=fresh, processor=tokenizer, dataset=data, recipe=[QuantizationModifier(kv_cache_scheme=scheme)],
-                num_calibration_samples=8, max_seq_length=32,
+                model=fresh,
+                processor=tokenizer,
+                dataset=data,
+                recipe=[QuantizationModifier(kv_cache_scheme=scheme)],
+                num_calibration_samples=8,
+                max_seq_length=32,
             )
             fresh.save_pretrained(out, save_compressed=True)
             target = HERE / name
@@ -82,7 +94,7 @@ def main():
             target.mkdir()
             shutil.copyfile(out / "config.json", target / "config.json")
             with safe_open(out / "model.safetensors", framework="pt") as file:
-                kept = {key: file.get_tensor(key) for key in file.keys() if "scale" in key or "zero_point" in key}
+                kept = {key: file.get_tensor(key) for key in list(file.keys()) if "scale" in key or "zero_point" in key}
             save_file(kept, target / "model.safetensors")
             print(name, {key: tuple(value.shape) for key, value in kept.items()})
 
