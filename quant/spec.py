@@ -137,6 +137,7 @@ MODES: dict[str, KVSpec] = {
     "c4s": KVSpec(_static("int4", "channel"), _static("int4", "channel")),
     "c4": KVSpec(_static("int4", "channel", clip=0.8), _INT4_ROTATED),
     "c4r": KVSpec(_INT4_ROTATED, _INT4_ROTATED),
+    "c4d": KVSpec(replace(_INT4_ROTATED, rotate=False), replace(_INT4_ROTATED, rotate=False)),
     # The control that must look bad: symmetric static int4 per head.
     "c4x": KVSpec(_static("int4", "head", symmetric=True), _static("int4", "head", symmetric=True)),
 }

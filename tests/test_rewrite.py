@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calib_helpers import capture, rows_of
-from hf_helpers import tiny_model, tokens
+from hf_helpers import save_checkpoint, tiny_model, tokens
 from torch import Tensor
+from typer.testing import CliRunner
 
 from calib import calibrate
 from calib.derive import balance
 from calib.rewrite import pair_balance, rewrite_model
-from foldkv.hf import swap_kv_cache
+from foldkv.cli.main import app
+from foldkv.hf import load_model, swap_kv_cache
 from quant.errors import ArgumentError, UnsupportedModelError
 from quant.pages import BALANCE, MEAN, identity_params
 from quant.reference import dequantize, hadamard, quantize
@@ -120,6 +123,23 @@ def test_v_alone_where_k_is_normalised() -> None:
     before = model(ids).logits
     rewrite_model(model, scales, k="none", v="rotate")
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_rewrite_on_the_command_line(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tiny_model(), tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{idx % 90 + 5}" for idx in range(400)))
+    arguments = ["rewrite", str(checkpoint), "--data", str(text), "--num-samples", "4", "--max-seq-len", "64", "--out"]
+    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "new")])
+    assert done.exit_code == 0, done.output
+    (before, _), (after, _) = load_model(checkpoint), load_model(tmp_path / "new")
+    ids = tokens(2, 30)
+    torch.testing.assert_close(after(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(
+        after.model.layers[0].self_attn.v_proj.weight, before.model.layers[0].self_attn.v_proj.weight
+    )
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "new")]).exit_code == 2
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "x"), "--v", "full"]).exit_code == 1
 
 
 # --- the formats themselves -------------------------------------------------------------------------------------------

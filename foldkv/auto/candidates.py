@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from quant.spec import KVSpec, LayerSpecs, resolve_mode
 
-K_MODES = ("c4", "c4r", "c8", "c8d", "c16")
-V_MODES = ("c4s", "c4r", "c8", "c8d", "c16")
-"""By the mode whose K, or V, format is meant. 16 bits cost nothing, all others are measured."""
+K_MODES = ("c4", "c4r", "c4d", "c8", "c8d", "c16")
+V_MODES = ("c4s", "c4r", "c4d", "c8", "c8d", "c16")
+"""By the mode whose K, or V, format is meant: static, or dynamic with and without rotation. 16 bits cost nothing."""
 EXACT = "c16"
 UNIFORM = ("c4s", "c4", "c4r", "k8v4", "c8", "c8d")
 """Whole modes measured beside the plan."""

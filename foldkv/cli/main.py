@@ -16,6 +16,7 @@ from .inspect import inspect
 from .interchange import export, import_
 from .models import models
 from .report import report
+from .rewrite import rewrite
 
 app = typer.Typer(
     name="foldkv",
@@ -41,7 +42,7 @@ def _main(
     del version
 
 
-for _command in (calibrate, inspect, generate, report, bench, models, doctor):
+for _command in (calibrate, inspect, generate, report, bench, models, doctor, rewrite):
     app.command()(_command)
 app.command("export")(export)
 app.command("import")(import_)
