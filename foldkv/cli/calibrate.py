@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import UsageError, cli_errors, console, emit_json, progress
-from .plan import drift_lines, show_plan
+from .plan_table import drift_lines, show_plan
 
 if TYPE_CHECKING:
     from calib.stream import StreamedCheckpoint

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import UsageError, cli_errors, emit_json, output
-from .plan import drift_lines, show_plan
+from .plan_table import drift_lines, show_plan
 
 if TYPE_CHECKING:
     from calib.summary import HeadSummary
