@@ -1,6 +1,7 @@
 # Every target does its own set-up: python3 (>= 3.10, with venv) and a C++ compiler are all it takes.
 #   make demo      calibrate, generate and report on the bundled checkpoint; ends in build/demo/report/
 #   make test      all tests that this machine can run            (ARGS="-k merge" to choose)
+#   make test-hf   the tests around transformers with another version of it (TRANSFORMERS=5.17.0), beside the environment's
 #   make test-gpu  the GPU tests, with the python3 and PyTorch of the machine, no set-up
 #   make bench     speed of this machine: on a GPU every suite, with the machine's python3 (ARGS="--suite decode"); else the CPU
 #   make lint      formatters, linters, types
@@ -10,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+TRANSFORMERS ?= 5.17.0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu') \
@@ -18,7 +20,7 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name 
 MODEL := examples/tiny_lm/model
 DEMO := build/demo
 
-.PHONY: demo test test-gpu bench bench-cpu lint format clean
+.PHONY: demo test test-hf test-gpu bench bench-cpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
@@ -29,6 +31,14 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(ARGS)
+
+test-hf: $(VENV)/built $(VENV)/transformers-$(TRANSFORMERS)
+	PYTHONPATH=$(VENV)/transformers-$(TRANSFORMERS) $(BIN)/python -m pytest -p no:cacheprovider \
+	    tests/test_hf_*.py tests/test_engine*.py tests/test_soak.py tests/test_loading.py $(ARGS)
+
+# It and what it needs, in front of what is installed; PyTorch is the environment's.
+$(VENV)/transformers-%: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --target $@ transformers==$*
 
 test-gpu:
 	PYTHON=$(PYTHON) bash tests/gpu/run.sh $(ARGS)

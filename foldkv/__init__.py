@@ -16,6 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from calib import calibrate
     from foldkv.accuracy import AccuracyReport, accuracy_report
+    from foldkv.engine import Engine, SamplingParams, explain
     from foldkv.hf import FoldCache, KVSwap, load_model, swap_kv_cache
     from quant.cache import PagedKVCache
     from quant.errors import FoldkvError
@@ -27,6 +28,8 @@ _HOMES = {
     "AccuracyReport": "foldkv.accuracy",
     "accuracy_report": "foldkv.accuracy",
     "calibrate": "calib",
+    "Engine": "foldkv.engine",
+    "explain": "foldkv.engine",
     "FoldCache": "foldkv.hf",
     "FoldkvError": "quant.errors",
     "Format": "quant.spec",
@@ -37,6 +40,7 @@ _HOMES = {
     "load_model": "foldkv.hf",
     "MODES": "quant.spec",
     "PagedKVCache": "quant.cache",
+    "SamplingParams": "foldkv.engine",
     "swap_kv_cache": "foldkv.hf",
 }
 
@@ -52,6 +56,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "AccuracyReport", "FoldCache", "FoldkvError", "Format", "KVScales", "KVSpec", "KVSwap", "LayerSpecs", "MODES",
-    "PagedKVCache", "__version__", "accuracy_report", "calibrate", "load_model", "swap_kv_cache",
+    "AccuracyReport", "Engine", "FoldCache", "FoldkvError", "Format", "KVScales", "KVSpec", "KVSwap", "LayerSpecs", "MODES",
+    "PagedKVCache", "SamplingParams", "__version__", "accuracy_report", "calibrate", "explain", "load_model", "swap_kv_cache",
 ]  # fmt: skip

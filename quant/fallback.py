@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,10 @@ def _append_attention(
         lse.copy_(logs)
 
 
+def _append_attention_static_grid(*arguments: Any) -> None:
+    _append_attention(*arguments[:-1])
+
+
 def _merge(o: Tensor, lse: Tensor, out: Tensor, out_lse: Tensor) -> None:
     values, logs = reference.merge(o, lse)
     out.copy_(values)
@@ -86,6 +92,7 @@ OPS = {
     "append_kv": _append_kv,
     "plan": _plan,
     "append_attention": _append_attention,
+    "append_attention_static_grid": _append_attention_static_grid,
     "merge": _merge,
     "copy_pages": _copy_pages,
 }

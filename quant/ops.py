@@ -18,6 +18,13 @@ from .plan import Plan
 _PAGES = (
     "Tensor{k} k_cache, Tensor{v} v_cache, Tensor{km} k_meta, Tensor{vm} v_meta, Tensor k_params, Tensor v_params, "
 )
+_ATTENTION = (
+    "Tensor q, "
+    + _PAGES.format(k="", v="", km="", vm="")
+    + "Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, Tensor? seq_starts, Tensor plan, Tensor(a!) workspace, "
+    "Tensor(b!) out, Tensor(c!)? lse, Tensor? sinks, float softmax_scale, int window_left, float softcap, "
+    "int k_format, int v_format, int page_size"
+)
 SCHEMAS = {
     "append_kv": "(Tensor k, Tensor v, "
     + _PAGES.format(k="(a!)", v="(b!)", km="(c!)", vm="(d!)")
@@ -25,11 +32,8 @@ SCHEMAS = {
     "int k_format, int v_format, int page_size) -> ()",
     "plan": "(Tensor seq_lens, Tensor cu_seqlens_q, Tensor? seq_starts, Tensor(a!) plan, int window_left, "
     "int chunk_size, int tile_q, int num_workers, int max_items, int max_tiles, int max_partials) -> ()",
-    "append_attention": "(Tensor q, "
-    + _PAGES.format(k="", v="", km="", vm="")
-    + "Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, Tensor? seq_starts, Tensor plan, Tensor(a!) workspace, "
-    "Tensor(b!) out, Tensor(c!)? lse, Tensor? sinks, float softmax_scale, int window_left, float softcap, "
-    "int k_format, int v_format, int page_size) -> ()",
+    "append_attention": f"({_ATTENTION}) -> ()",
+    "append_attention_static_grid": f"({_ATTENTION}, int grid_workers) -> ()",
     "merge": "(Tensor o, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()",
     "copy_pages": "(Tensor(a!) pool, Tensor src, Tensor dst) -> ()",
 }
@@ -100,10 +104,14 @@ def append_attention(
     if window_size[1] > 0:
         raise ValueError(f"window_size: expected (left, -1 or 0), as attention is causal, got {window_size}")
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    torch.ops.foldkv.append_attention(
+    arguments = (
         q, *_tensors(pages), block_table, seq_lens, cu_seqlens_q, seq_starts, plan.buffer, plan.workspace,
         out, lse, sinks, scale, window_size[0], softcap, pages.k.fmt.code, pages.v.fmt.code, pages.page_size,
     )  # fmt: skip
+    if plan.capacity.static_grid:
+        torch.ops.foldkv.append_attention_static_grid(*arguments, plan.capacity.num_workers)
+    else:
+        torch.ops.foldkv.append_attention(*arguments)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 

@@ -121,6 +121,31 @@ class PageTable:
         for row, count in reservation.counts.items():
             self.lengths[row] += count
 
+    def extend(self, rows: Sequence[int]) -> Reservation:
+        """`prepare` and `commit` of one token for each of `rows`; a row inside a page of its own costs an addition.
+
+        Errors: as `prepare`; nothing has changed then.
+        """
+        size, pages, lengths = self.page_size, self.pages, self.lengths
+        moving = [
+            row
+            for row in rows
+            if not lengths[row] % size or self.refcounts[pages[row][-1]] > 1 or lengths[row] >= self.max_seq_len
+        ]
+        reservation = self.prepare(dict.fromkeys(moving, 1))
+        self.commit(reservation)
+        for row in set(rows).difference(moving):
+            lengths[row] += 1
+        return reservation
+
+    def move(self, row: int, target: int) -> None:
+        """Let the inactive row `target` be what the active `row` is, which becomes inactive."""
+        self.check_active(row)
+        if self.active[target]:
+            raise ArgumentError(describe("row to move to", "an inactive one", str(target)))
+        self.pages[target], self.lengths[target], self.active[target] = self.pages[row], self.lengths[row], True
+        self.pages[row], self.lengths[row], self.active[row] = [], 0, False
+
     def truncate(self, row: int, length: int) -> None:
         """Keep the first `length` tokens of `row` and give back pages that hold none of them."""
         self.check_active(row)

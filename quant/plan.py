@@ -15,7 +15,7 @@ tile; worker w has the items that begin in its share w * share .. (w + 1) * shar
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from .errors import ArgumentError, describe
 from .spec import check_head_dim, check_page_size
 
 HEADER, ENTRY = 12, 12
-MAX_WORKERS = 4096
+MAX_WORKERS = 1 << 20
 _STATUS = 4  # of the header; csrc/core/schedule.h has the values
 CHUNK_SIZE = 256
 # Query rows of a tile: what the CPU keeps in registers; what a block on a GPU makes one pass over the keys with.
@@ -57,6 +57,8 @@ class Capacity:
     total_tokens: cached tokens of all readers together, by default those of the pool; num_workers: how many runs the
     planner aims for (threads or blocks for each kv head), which changes who computes, never the result; tile_rows: query
     rows (tokens times heads of a group) that share one pass over the keys. `for_device` chooses the last two.
+    static_grid: on a GPU, a block for each chunk that the largest batch could have, most of which find nothing to do: the
+    seed of this design, for comparison. It gives the same bits.
     """
 
     max_batch: int
@@ -70,18 +72,22 @@ class Capacity:
     num_workers: int = 8
     chunk_size: int = CHUNK_SIZE
     tile_rows: int = TILE_ROWS["cpu"]
+    static_grid: bool = False
 
     @classmethod
-    def for_device(cls, device: torch.device | str, **sizes: int) -> Capacity:
+    def for_device(cls, device: torch.device | str, *, static_grid: bool = False, **sizes: int) -> Capacity:
         """A capacity of these sizes with the workers and tiles that suit `device`: functions of the device alone."""
         device = torch.device(device)
         h_kv = sizes["h_kv"]
-        if device.type == "cuda":
+        if static_grid:
+            workers = sizes["max_batch"] * _ceil_div(sizes["max_seq_len"], CHUNK_SIZE)
+        elif device.type == "cuda":
             lanes = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
             workers = max(1, lanes // h_kv)
         else:
             workers = _ceil_div(4 * torch.get_num_threads(), h_kv)
-        return cls(**{"num_workers": workers, "tile_rows": TILE_ROWS.get(device.type, TILE_ROWS["cpu"]), **sizes})
+        rows = TILE_ROWS.get(device.type, TILE_ROWS["cpu"])
+        return cls(**{"num_workers": workers, "tile_rows": rows, **sizes}, static_grid=static_grid)
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
@@ -203,18 +209,23 @@ def reference_plan(
 class Plan:
     """The work list and workspace of a step, at fixed addresses; one serves every layer with the same window.
 
-    Call `update` once a step, then pass the plan to `quant.ops.append_attention`.
+    Call `update` once a step, then pass the plan to `quant.ops.append_attention`. shared: fp32, at least
+    `capacity.workspace_floats`, the workspace of plans whose attention never runs at the same time; by default its own.
     """
 
     capacity: Capacity
     window_left: int = -1
     device: torch.device | str = "cpu"
+    shared: InitVar[Tensor | None] = None
     buffer: Tensor = field(init=False, repr=False)
     workspace: Tensor = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, shared: Tensor | None) -> None:
         self.buffer = torch.zeros(self.capacity.plan_ints, dtype=torch.int32, device=self.device)
-        self.workspace = torch.zeros(self.capacity.workspace_floats, dtype=torch.float32, device=self.device)
+        size = self.capacity.workspace_floats
+        if shared is not None and shared.numel() < size:
+            raise ArgumentError(describe("workspace", f"at least {size} numbers", str(shared.numel())))
+        self.workspace = torch.zeros(size, dtype=torch.float32, device=self.device) if shared is None else shared
 
     def update(self, seq_lens: Tensor, cu_seqlens_q: Tensor, seq_starts: Tensor | None = None) -> None:
         """Plan for these lengths: int32 `seq_lens` `[b]`, `cu_seqlens_q` `[b + 1]`, `seq_starts` `[b]` (left padding)."""

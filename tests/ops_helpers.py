@@ -165,7 +165,7 @@ class Source:
         pages.v.set_params(self.params[1])
         return poisoned(pages)
 
-    def capacity(self, **changes: int) -> Capacity:
+    def capacity(self, **changes: Any) -> Capacity:
         """Room for the batches of the tests; tiles are the device's own, the workers few, so that short batches split."""
         heads = self.h_kv * self.group, self.h_kv, self.d
         tile_rows = TILE_ROWS[torch.device(self.device).type]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import random
+
 import pytest
 import torch
 
 from quant import ops, reference
 from quant.cache import PagedKVCache
 from quant.errors import ArgumentError, PoolExhaustedError
+from quant.page_table import PageTable
 from quant.pages import identity_params
 from quant.spec import resolve_mode
 
@@ -274,3 +278,54 @@ def test_bad_arguments() -> None:
     with pytest.raises(ArgumentError, match="tokens to reserve"):
         cache.reserve({0: -1})
     assert cache.reserve(0).numel() == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_extend_is_prepare_and_commit_of_one_token(seed: int) -> None:
+    """Over rows that share pages and rows at a page's end, and with nothing changed where it cannot be."""
+    rng = random.Random(seed)
+    table = PageTable(6, 5 * PAGE, 14, PAGE)
+    for _ in range(3):
+        table.commit(table.prepare({table.allocate(): rng.choice((1, PAGE, PAGE + 5, 2 * PAGE))}))
+    for _ in range(2):
+        table.fork(rng.choice(table.rows))
+    for _ in range(2 * PAGE):
+        rows = rng.sample(table.rows, rng.randint(0, len(table.rows)))
+        other = copy.deepcopy(table)
+        try:
+            want = other.prepare(dict.fromkeys(rows, 1))
+        except PoolExhaustedError as error:
+            with pytest.raises(PoolExhaustedError) as found:
+                table.extend(rows)
+            assert str(found.value) == str(error) and vars(table) == vars(other)
+            return
+        other.commit(want)
+        got = table.extend(rows)
+        # The order of the rows decides who keeps a shared page; the sizes and the counts agree.
+        assert vars(table) == vars(other) and got.pages == want.pages and got.copies == want.copies
+
+
+def test_extend_stops_at_the_longest_length() -> None:
+    table = PageTable(1, PAGE + 3, 4, PAGE)
+    table.commit(table.prepare({table.allocate(): PAGE + 2}))
+    table.extend([0])
+    with pytest.raises(PoolExhaustedError, match="at most 19"):
+        table.extend([0])
+    assert table.lengths == [PAGE + 3]
+
+
+def test_a_row_moves_with_its_pages() -> None:
+    cache = make_cache()
+    for row in range(2):
+        cache.allocate()
+        append(cache, {row: [10 * row + 1, 10 * row + 2]})
+    cache.free(0)
+    pages = list(cache.table.pages[1])
+    cache.table.move(1, 0)
+    cache.restore(dict(enumerate(cache.table.lengths[:1])))
+    assert cache.rows == [0] and cache.table.pages[0] == pages and contents(cache, 0) == [11, 12]
+    with pytest.raises(ArgumentError, match="active rows"):
+        cache.table.move(3, 1)
+    cache.allocate()
+    with pytest.raises(ArgumentError, match="inactive"):
+        cache.table.move(1, 0)

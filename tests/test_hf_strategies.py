@@ -74,6 +74,28 @@ def test_logits_of_one_forward_pass(any_model: PreTrainedModel) -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_c16_in_16_bits_gives_the_stock_tokens_but_for_ties(family: str) -> None:
+    """In fp16 two ways to add differ in the last bit; greedy tokens may part only where the stock logits are that near."""
+    model = tiny_model(family, dtype=torch.float16)
+    ids, mask = left_padded()
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
+    want = model.generate(ids, **options, output_logits=True)
+    with swap_kv_cache(model, "c16", page_size=PAGE):
+        got = model.generate(ids, **options).sequences
+    for row, stock in enumerate(want.sequences):
+        apart = (stock != got[row]).nonzero()
+        if len(apart):
+            where = int(apart[0])
+            step = want.logits[where - ids.shape[1]][row].float()
+            assert float(step.max() - step[got[row, where]]) < 0.02 * float(step.std())
+
+
 def test_single_prompt(core_model: PreTrainedModel) -> None:
     check_same_tokens(core_model, tokens(), do_sample=False)
 
@@ -103,14 +125,14 @@ def test_past_a_chunk_of_the_kernels(core_model: PreTrainedModel) -> None:
     check_same_tokens(core_model, ids[:, : CHUNK_SIZE - 4], do_sample=False)
 
 
-def test_prompt_lookup(core_model: PreTrainedModel) -> None:
+def test_prompt_lookup(any_model: PreTrainedModel) -> None:
     ids = tokens(1, 6).repeat(1, 3)
-    check_same_tokens(core_model, ids, do_sample=False, prompt_lookup_num_tokens=4, eos_token_id=98)
+    check_same_tokens(any_model, ids, do_sample=False, prompt_lookup_num_tokens=4, eos_token_id=98)
 
 
-def test_assistant_model_with_its_own_cache(core_model: PreTrainedModel) -> None:
+def test_assistant_model_with_its_own_cache(any_model: PreTrainedModel) -> None:
     assistant = tiny_model("llama", seed=3, num_hidden_layers=1)
-    check_same_tokens(core_model, tokens(), do_sample=False, assistant_model=assistant)
+    check_same_tokens(any_model, tokens(), do_sample=False, assistant_model=assistant)
 
 
 def test_assistant_model_swapped_too(core_model: PreTrainedModel) -> None:
@@ -138,7 +160,8 @@ def test_further_families(family: str) -> None:
 
 
 def test_supported_families_are_those_tested_here() -> None:
-    assert {family.model_type for family in SUPPORTED} == FAMILIES.keys() | MORE_FAMILIES.keys()
+    assert {family.model_type for family in SUPPORTED if family.core} == FAMILIES.keys()
+    assert {family.model_type for family in SUPPORTED if not family.core} == MORE_FAMILIES.keys()
 
 
 @pytest.mark.skipif("FOLDKV_TEST_MODEL" not in os.environ, reason="FOLDKV_TEST_MODEL names no checkpoint")

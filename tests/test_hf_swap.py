@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import ReferenceCache, generate, left_padded, logits, one_thread, save_checkpoint, tiny_model, tokens
+from hf_helpers import (
+    FAMILIES,
+    ReferenceCache,
+    generate,
+    left_padded,
+    logits,
+    one_thread,
+    save_checkpoint,
+    tiny_model,
+    tokens,
+)
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, pipeline
 
 from calib.derive import layer_params
@@ -275,6 +285,22 @@ def test_logits_are_those_of_the_reference_cache(mode: str, calibrated: bool) ->
 def test_windows_softcap_and_sinks_on_a_quantised_cache(family: str, kind: str) -> None:
     model = tiny_model(family, num_hidden_layers=1, layer_types=[kind])
     with swap_kv_cache(model, "c4r", page_size=PAGE) as swap:
+        got = run_in_steps(model, swap.new_cache(3, 32))
+    check_logits(got, *(run_in_steps(model, cache) for cache in (ReferenceCache(swap.specs, [None]), DynamicCache())))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_on_a_quantised_cache(family: str) -> None:
+    """One layer of it: layers that share K and V are the business of the strategies' tests."""
+    changes: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    if family in ("gemma3n_text", "gemma4_text"):
+        changes["num_kv_shared_layers"] = 0
+    if family == "gemma3n_text":
+        changes |= {"intermediate_size": [96], "activation_sparsity_pattern": [0.0]}
+    if "layer_types" not in FAMILIES[family][1]:
+        del changes["layer_types"]
+    model = tiny_model(family, **changes)
+    with swap_kv_cache(model, "c8d/c4r", page_size=PAGE) as swap:
         got = run_in_steps(model, swap.new_cache(3, 32))
     check_logits(got, *(run_in_steps(model, cache) for cache in (ReferenceCache(swap.specs, [None]), DynamicCache())))
 

@@ -148,6 +148,9 @@ AttendParams attend_params(const AttendTensors& t, double softmax_scale, int64_t
       const Tensor &cu_seqlens_q, const OptionalTensor &seq_starts, const Tensor &plan, const Tensor &workspace, \
       const Tensor &out, const OptionalTensor &lse, const OptionalTensor &sinks, double softmax_scale,           \
       int64_t window_left, double softcap, int64_t k_format, int64_t v_format, int64_t page_size
+#define FOLDKV_ATTENTION_NAMES                                                                                    \
+  q, k_cache, v_cache, k_meta, v_meta, k_params, v_params, block_table, seq_lens, cu_seqlens_q, seq_starts, plan, \
+      workspace, out, lse, sinks, softmax_scale, window_left, softcap, k_format, v_format, page_size
 #define FOLDKV_ATTENTION_TENSORS                                                           \
   {q,        k_cache,      v_cache,    k_meta, v_meta,    k_params, v_params, block_table, \
    seq_lens, cu_seqlens_q, seq_starts, plan,   workspace, out,      lse,      sinks}
@@ -161,10 +164,17 @@ void append_attention_cpu(FOLDKV_ATTENTION_ARGUMENTS) {
   cpu::append_attention(p, cpu_parallel);
 }
 
+void append_attention_static_grid_cpu(FOLDKV_ATTENTION_ARGUMENTS, int64_t) {
+  append_attention_cpu(FOLDKV_ATTENTION_NAMES);
+}
+
 #ifdef FOLDKV_HAS_CUDA
-void append_attention_cuda(FOLDKV_ATTENTION_ARGUMENTS) {
-  const AttendParams p =
+void append_attention_static_grid_cuda(FOLDKV_ATTENTION_ARGUMENTS, int64_t grid_workers) {
+  AttendParams p =
       attend_params(FOLDKV_ATTENTION_TENSORS, softmax_scale, window_left, softcap, k_format, v_format, page_size);
+  check(grid_workers >= 0 && grid_workers <= kMaxWorkers, "grid_workers: expected 0 .. ", kMaxWorkers, ", got ",
+        grid_workers);
+  p.grid_workers = static_cast<int>(grid_workers);
   const std::pair<const Tensor&, const char*> tensors[] = {
       {k_cache, "k_cache"},   {v_cache, "v_cache"},         {k_meta, "k_meta"},     {v_meta, "v_meta"},
       {k_params, "k_params"}, {v_params, "v_params"},       {plan, "plan"},         {workspace, "workspace"},
@@ -179,14 +189,22 @@ void append_attention_cuda(FOLDKV_ATTENTION_ARGUMENTS) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   check_cuda("append_attention", foldkv_cuda_append_attention(&p, current_cuda_stream(q.get_device_index())));
 }
+
+void append_attention_cuda(FOLDKV_ATTENTION_ARGUMENTS) { append_attention_static_grid_cuda(FOLDKV_ATTENTION_NAMES, 0); }
 #endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(foldkv, CPU, m) { m.impl("append_attention", TORCH_BOX(&append_attention_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(foldkv, CPU, m) {
+  m.impl("append_attention", TORCH_BOX(&append_attention_cpu));
+  m.impl("append_attention_static_grid", TORCH_BOX(&append_attention_static_grid_cpu));
+}
 
 #ifdef FOLDKV_HAS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(foldkv, CUDA, m) { m.impl("append_attention", TORCH_BOX(&append_attention_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(foldkv, CUDA, m) {
+  m.impl("append_attention", TORCH_BOX(&append_attention_cuda));
+  m.impl("append_attention_static_grid", TORCH_BOX(&append_attention_static_grid_cuda));
+}
 #endif
 
 }  // namespace foldkv::bind

@@ -62,6 +62,7 @@ struct AttendParams {
   int64_t table_stride, max_partials;
   int64_t plan_ints;            // numbers in `plan`
   uint32_t max_page;            // the last page of the pools
+  int grid_workers;             // on a GPU: blocks for each kv head; 0 for as many as the device holds
 };
 
 struct MergeParams {

@@ -12,7 +12,7 @@ constexpr int kChunkSize = 256;  // tokens; 255 * 32767 * 256 < 2^31 keeps a chu
 // of 4 numbers, so that the device reads entries 16 bytes at a time.
 constexpr int kPlanHeader = 12;
 constexpr int kPlanEntry = 12;
-constexpr int kMaxWorkers = 4096;
+constexpr int kMaxWorkers = 1 << 20;
 enum PlanHeaderField {
   kNumItems,
   kNumMerges,

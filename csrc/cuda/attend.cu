@@ -45,11 +45,11 @@ extern "C" int foldkv_cuda_append_attention(const foldkv::AttendParams* params, 
   const Variant* variant = find(p);
   if (variant == nullptr) return generic_attention(p, device.num_sms, stream);
   // Rows of a sequence, if all had the same: what a shape can tell.
-  const int64_t rows = static_cast<int64_t>(p.num_rows) * (p.h_q / p.h_kv), batch = p.batch > 0 ? p.batch : 1;
-  const int tiles = static_cast<int>((rows + 8 * batch - 1) / (8 * batch));
-  const int lanes = kBlocksPerSm * device.num_sms / p.h_kv;
+  const int64_t all = static_cast<int64_t>(p.num_rows) * (p.h_q / p.h_kv), batch = p.batch > 0 ? p.batch : 1;
+  const int rows = static_cast<int>((all + batch - 1) / batch);
+  const int lanes = p.grid_workers > 0 ? p.grid_workers : kBlocksPerSm * device.num_sms / p.h_kv;
   const int num_blocks = (lanes > 0 ? lanes : 1) * p.h_kv;
-  const cudaError_t error = variant->launch(p, tiles, num_blocks, device.max_shared, stream);
+  const cudaError_t error = variant->launch(p, rows, num_blocks, device.max_shared, stream);
   if (error == cudaErrorNotSupported) return generic_attention(p, device.num_sms, stream);
   if (error != cudaSuccess) return error;
   return combine(p, variant->v_integer, variant->boost, 4 * device.num_sms, device.major >= 9, stream);

@@ -17,9 +17,10 @@ struct Swizzle {
   __device__ static __forceinline__ int of(int row) { return (row >> (3 - kLog)) & ((1 << kLog) - 1); }
 };
 
-// Tokens that a block scores before it weighs values. A sequence whose query rows fit one tile of 8 has its whole chunk
-// at once, and sums in two chains; with more rows it has 64 tokens and one chain, however many tiles share the pass. So a
-// row's bits depend on how many rows its own sequence has, not on which kernel serves it.
+// Tokens that a block scores before it weighs values. A sequence whose query rows fit one tile of 8 has its whole chunk at
+// once (narrow.cuh); with more rows it goes by 64 tokens, in tiles of 16 rows (wide.cuh). So a row's bits depend on how many
+// rows its own sequence has, not on which kernel serves it.
+constexpr int kNarrowRows = 8, kWideRows = 16;
 constexpr int kNarrowBlock = 256, kWideBlock = 64;
 
 // Blocks of the decode kernel that a multiprocessor holds; before sm_90 there is shared memory for no more than two, and
@@ -30,75 +31,94 @@ constexpr int kMostBlocks = 3;
 constexpr int kMostBlocks = 4;
 #endif
 
-// K, V: codecs. kMaxTiles: of 8 query rows that share a pass: 1 (decode; most blocks a multiprocessor), 4 (speculative
-// decode, large query groups; 2 for twice the channels) or 8 (prefill).
-template <class K, class V, int D, int MaxTiles>
+// All of a block's shared memory.
+extern __shared__ __align__(128) uint8_t shared_memory[];
+__device__ __forceinline__ uint32_t shared_base() { return shared_address(shared_memory); }
+
+template <int kAt, int kRows>
+struct RowInfo;
+
+// K, V: codecs. MaxRows: query rows that share a pass over the keys: 16 (decode; most blocks a multiprocessor), or 64
+// (drafts, large query groups, prefill; 32 for twice the channels).
+template <class K, class V, int D, int MaxRows>
 struct Shape {
-  static constexpr int kMaxTiles = MaxTiles, kMaxRows = 8 * kMaxTiles;
-  static constexpr bool kWide = kMaxTiles > 1;  // running sums live in shared memory
+  static constexpr int kMaxRows = MaxRows;
+  static constexpr bool kDecode = MaxRows == kWideRows;
+  static constexpr int kSlices = D / 32;  // of 32 channels
   static constexpr int kKRow = row_bytes(K::kBits, D), kVRow = row_bytes(V::kBits, D);
   static constexpr int kRow = kKRow > kVRow ? kKRow : kVRow;
 
   // The queue of tokens on their way from memory: slots of K codes with the scales of K and V, or of V codes.
-  static constexpr int kStageTokens = kMaxTiles == 1 && kRow <= 64 && kRow % 32 == 0 && kKRow == kVRow ? 128 : 64;
+  static constexpr int kStageTokens = kDecode && kRow <= 64 && kRow % 32 == 0 && kKRow == kVRow ? 128 : 64;
   static constexpr int kStageBytes = kStageTokens * kRow;
   static constexpr int kMetaBytes = kStageTokens * 4;
   static constexpr int kSlotBytes = kStageBytes + (K::kInteger ? kMetaBytes : 0) + (V::kInteger ? kMetaBytes : 0);
   static constexpr int kKMeta = kStageBytes, kVMeta = kStageBytes + (K::kInteger ? kMetaBytes : 0);
-  static constexpr int kQueueBytes = kMaxTiles == 1 ? 48 << 10 : kMaxTiles < 8 ? 60 << 10 : 36 << 10;
+  static constexpr int kQueueBytes = kDecode ? 48 << 10 : 64 << 10;
   static constexpr int kFit = kQueueBytes / kSlotBytes;
-  static constexpr int kLeast = kMaxTiles < 8 ? 3 : 2;  // prefill has more to compute than to fetch
-  static constexpr int kStages = kFit < kLeast ? kLeast : kFit > 10 ? 10 : kFit;
+  static constexpr int kStages = kFit < 3 ? 3 : kFit > 10 ? 10 : kFit;
 
   // Slots that are waited for, and filled again, together: fewer barriers, and fewer copies of the code that fills them.
-  static constexpr int kTogether = kMaxTiles == 1 && kStages >= 5 ? 2 : 1;
+  static constexpr int kTogether = kDecode && kStages >= 5 ? 2 : 1;
 
-  // Queries as B fragments read them: [row][D / 32][t][8] 16-bit numbers. Against bank conflicts, where a row is a multiple
-  // of 128 bytes, wide tiles have rows padded, and narrow ones, which lack the room, odd rows with slices swapped in pairs.
-  static constexpr int kQueryRow = 2 * D + (kWide && D % 64 == 0 ? 64 : 0);
-  static constexpr int kQueryBytes = kMaxRows * kQueryRow;
-  __device__ static __forceinline__ int query_at(int row, int slice) {
-    return kQueryAt + row * kQueryRow + 64 * (!kWide && D % 64 == 0 ? slice ^ (row & 1) : slice);
+  // Queries as fragments read them, 16-bit numbers. Narrow tiles, B fragments: [row][D / 32][t][8]; against bank conflicts,
+  // where a row is a multiple of 128 bytes, odd rows have slices swapped in pairs. Wide tiles, A fragments of each k-step:
+  // [tile of 16 rows][D / 32][k-step][lane][8], numbers in the order k / 8, row / 8, k % 2. `place`: 8 * t + number of a row.
+  static constexpr int kQueryRow = 2 * D, kQueryBytes = kMaxRows * kQueryRow;
+  __device__ static __forceinline__ int narrow_query(int row, int slice) {
+    return kQueryAt + row * kQueryRow + 64 * (D % 64 == 0 ? slice ^ (row & 1) : slice);
   }
-  // Weights [token][query row], 16 bits.
-  static constexpr int kWeightBytes = kMaxTiles == 8 ? 8 << 10 : 4 << 10;
-  // Outputs of finished rows [row][D] fp32 take the place of queries and weights. Wide tiles keep their running sums in
-  // shared memory, each thread its own; there the outputs take the place of those.
-  static constexpr int kOutBytes = kMaxRows * D * 4;
-  static constexpr int kWorkBytes =
-      kWide || kOutBytes < kQueryBytes + kWeightBytes ? kQueryBytes + kWeightBytes : kOutBytes;
-  static constexpr int kRunBytes = kWide ? kOutBytes : 0;
+  __device__ static __forceinline__ int wide_query(int tile, int slice, int step) {
+    return kQueryAt + tile * (16 * kQueryRow) + slice * 1024 + step * 512;
+  }
+  __device__ static __forceinline__ int query_number(bool wide, int row, int slice, int place) {
+    if (!wide) return narrow_query(row, slice) + 2 * place;
+    return wide_query(row / 16, slice, place % 8 / 4) + (row % 8 * 4 + place / 8) * 16 + place % 4 / 2 * 8 +
+           row / 8 % 2 * 4 + place % 2 * 2;
+  }
+  // Narrow tiles, behind their queries: weights [token][query row], 16 bits.
+  static constexpr int kWeightBytes = kNarrowBlock * kNarrowRows * 2;
+  static constexpr int kNarrowBytes = kNarrowRows * kQueryRow + kWeightBytes;
+  // Outputs on their way to memory, 8 rows of each tile [row][D] fp32, take the place of queries and weights.
+  static constexpr int kOutBytes = (kMaxRows / kWideRows) * 8 * D * 4;
+  static constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-  static constexpr int kQueueAt = 0;
   static constexpr int kQueryAt = kStages * kSlotBytes;
-  static constexpr int kWeightAt = kQueryAt + kQueryBytes;
-  static constexpr int kOutAt = kWide ? kQueryAt + kWorkBytes : kQueryAt;
-  static constexpr int kRowsAt = kQueryAt + kWorkBytes + kRunBytes;
-  static constexpr int kRowsBytes = kMaxRows * (9 + 8 * kWarps) * 4;
-  static constexpr int kCursorAt = kRowsAt + kRowsBytes;
-  static constexpr int kPassAt = kCursorAt + kWarps * 80;
-  static constexpr int kSharedBytes = kPassAt + 64;
+  static constexpr int kOutAt = kQueryAt;
+  static constexpr int kWeightAt = kQueryAt + kNarrowRows * kQueryRow;
+  static constexpr int kRowsAt = kQueryAt + larger(larger(kQueryBytes, kNarrowBytes), kOutBytes);
+  using Rows = RowInfo<kRowsAt, kMaxRows>;
+  static constexpr int kCursorAt = kRowsAt + Rows::kBytes;
+  static constexpr int kCursorBytes = 80, kPassBytes = 92;
+  static constexpr int kPassAt = kCursorAt + kWarps * kCursorBytes;
+  static constexpr int kHeadAt = kPassAt + kPassBytes, kSharedBytes = kHeadAt + 4;
 
-  static constexpr int kBlocksPerSm = kMaxTiles > 1              ? (kSharedBytes <= 113 << 10 ? 2 : 1)
+  // The block's kv head, which attend_kernel writes.
+  __device__ static __forceinline__ int& kv_head() { return *reinterpret_cast<int*>(shared_memory + kHeadAt); }
+
+  // A multiprocessor of sm_90 shares 227 KB among its blocks, each 1 KB less.
+  static constexpr int kBlocksPerSm = !kDecode                   ? (kSharedBytes <= 113 << 10 ? 2 : 1)
                                       : D > 128                  ? 2
-                                      : kSharedBytes <= 57088    ? kMostBlocks
+                                      : D == 64 && kKRow > kVRow ? 3  // two kinds of copies take registers
+                                      : kSharedBytes <= 56 << 10 ? kMostBlocks
                                       : kSharedBytes <= 74 << 10 ? 3
                                                                  : 2;
 
   static_assert(kSharedBytes <= 227 << 10, "shared memory of a block");
 };
 
-// All of a block's shared memory.
-extern __shared__ __align__(128) uint8_t shared_memory[];
-
-// What is known of each query row of a tile, arrays [kRows] in shared memory at kAt.
+// What is known of each query row of a pass, arrays [kRows] in shared memory at kAt; and the state of a narrow tile.
 template <int kAt, int kRows>
 struct RowInfo {
   template <class T, int kIndex>
   __device__ static __forceinline__ T* array() {
     return reinterpret_cast<T*>(shared_memory + kAt + kIndex * kRows * 4);
   }
-  // logit * log2(e) = dot * factor + base, and more; see load_queries
+  template <class T, int kIndex>
+  __device__ static __forceinline__ T* narrow() {
+    return reinterpret_cast<T*>(shared_memory + kAt + (9 * kRows + kIndex * kNarrowRows) * 4);
+  }
+  // logit * log2(e) = dot * factor + base, and more; see queries.cuh
   __device__ static float* base() { return array<float, 0>(); }
   __device__ static float* factor() { return array<float, 1>(); }
   __device__ static float* sum() { return array<float, 2>(); }
@@ -111,41 +131,40 @@ struct RowInfo {
   __device__ static int* head() { return array<int, 7>(); }
   // NaN where the query is not finite, otherwise 0
   __device__ static float* bad() { return array<float, 8>(); }
-  // [kWarps][kRows]: a warp's largest logit; its weights, and what the codes' zeros take off
-  __device__ static float* warp_max() { return array<float, 9>(); }
-  __device__ static float2* warp_sum() { return array<float2, 9 + kWarps>(); }
-  // [kWarps][kRows], each warp its own, all alike: the softmax state of a chunk, and of a run of chunks
-  __device__ static int* chunk_max() { return array<int, 9 + 3 * kWarps>(); }
-  __device__ static float* chunk_total() { return array<float, 9 + 4 * kWarps>(); }
-  __device__ static float* chunk_zeros() { return array<float, 9 + 5 * kWarps>(); }
-  __device__ static int* run_max() { return array<int, 9 + 6 * kWarps>(); }
-  __device__ static float* run_total() { return array<float, 9 + 7 * kWarps>(); }
-  static constexpr int kBytes = (9 + 8 * kWarps) * kRows * 4;
+  // [kWarps][kNarrowRows]: a warp's largest logit; its weights, and what the codes' zeros take off
+  __device__ static float* warp_max() { return narrow<float, 0>(); }
+  __device__ static float2* warp_sum() { return narrow<float2, kWarps>(); }
+  // [kWarps][kNarrowRows], each warp its own, all alike: the softmax state of a chunk, and of a run of chunks
+  __device__ static int* chunk_max() { return narrow<int, 3 * kWarps>(); }
+  __device__ static float* chunk_total() { return narrow<float, 4 * kWarps>(); }
+  __device__ static int* run_max() { return narrow<int, 6 * kWarps>(); }
+  __device__ static float* run_total() { return narrow<float, 7 * kWarps>(); }
+  static constexpr int kBytes = (9 * kRows + 8 * kWarps * kNarrowRows) * 4;
 };
 
-// One pass over the keys for up to kMaxRows query rows of an item.
+// One pass over the keys for up to max_rows query rows of an item.
 struct Pass {
-  int tiles;                  // of 8 query rows: 1, 2, 4 or 8
+  int tiles;                  // 0: a narrow one; otherwise of 16 query rows: 1, 2 or 4
   int low, high;              // keys that any row sees
   int whole_begin, whole_end; // keys that every row sees
-  int block;                  // kNarrowBlock or kWideBlock
-  int begin, end;             // tokens to go through; begin is a multiple of block
+  int begin, end;             // tokens to go through; begin is a multiple of block()
 
-  __device__ Pass(const WorkItem& item, int group, int first_row, int max_tiles, int window_left) {
+  __device__ Pass(const WorkItem& item, int group, int first_row, int max_rows, int window_left) {
     const int rows_left = item.q_count * group - first_row, q_len = item.seq_len - item.position + item.q_begin;
-    block = q_len * group <= 8 ? kNarrowBlock : kWideBlock;
-    tiles = rows_left <= 8 ? 1 : rows_left <= 16 ? 2 : rows_left <= 32 ? 4 : 8;
-    tiles = tiles < max_tiles ? tiles : max_tiles;
+    const int rows = rows_left < max_rows ? rows_left : max_rows;
+    tiles = q_len * group <= kNarrowRows ? 0 : rows <= kWideRows ? 1 : rows <= 2 * kWideRows ? 2 : 4;
     low = visible_keys(item.position, item.start, window_left).begin;
     high = item.position + item.q_count;
     high = high < item.seq_len ? high : item.seq_len;
     whole_begin = visible_keys(item.position + item.q_count - 1, item.start, window_left).begin;
     whole_end = item.position + 1 < item.seq_len ? item.position + 1 : item.seq_len;
     const int first = item.chunk_begin * kChunkSize, last = item.chunk_end * kChunkSize;
-    begin = low / block * block;
+    begin = low / block() * block();
     begin = begin > first ? begin : first;
     end = high < last ? high : last;
   }
+  __device__ int block() const { return tiles == 0 ? kNarrowBlock : kWideBlock; }
+  __device__ int padded_rows() const { return tiles == 0 ? kNarrowRows : tiles * kWideRows; }
 };
 
 }  // namespace foldkv::cuda

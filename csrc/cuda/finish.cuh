@@ -70,6 +70,20 @@ __device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, 
   }
 }
 
+// The same for row r of the current pass, by a warp: its output lies in shared memory.
+template <class S, class V, int D>
+__device__ __forceinline__ void finish_staged(const AttendParams& p, int q_row, const float* out, int r, int max,
+                                              float total, int lane) {
+  using Rows = typename S::Rows;
+  float x[D / 32];
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) x[i] = out[32 * i + lane];
+  // A query that is not finite gives NaN even where it sees nothing.
+  const float bad = Rows::bad()[r];
+  finish_row<D>(p, V::kInteger, q_row + Rows::token()[r], Rows::head()[r], max == kEmpty && isnan(bad) ? 0 : max,
+                total + bad, V::Math::kBoost, x, lane);
+}
+
 // Where the partial of one query token and head lies: its maximum (the bits of an int) and total, and its output.
 struct PartialAt {
   float2* state;

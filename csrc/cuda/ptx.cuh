@@ -10,8 +10,17 @@ namespace foldkv::cuda {
 
 // The same number, from a place the compiler does not know: what is computed from it is computed again where it is needed
 // and does not occupy registers meanwhile.
-__device__ __forceinline__ int opaque(int x) {
+template <class T>
+__device__ __forceinline__ T opaque(T x) {
+  static_assert(sizeof(T) == 4, "a register");
   asm volatile("" : "+r"(x));
+  return x;
+}
+
+// blockIdx.x, read anew each time, for the same reason.
+__device__ __forceinline__ int block_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
   return x;
 }
 
@@ -80,6 +89,7 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
 struct HalfMath {
   static constexpr float kMaxQuery = 0x1p15f;  // queries are scaled below this; fp16 holds 65504
   static constexpr float kBoost = 15.0f;       // weights are scaled by 2^15, so that small ones keep their precision
+  static constexpr uint32_t kOnes = 0x3c003c00;  // two of 1.0
 
   __device__ static __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -99,6 +109,7 @@ struct HalfMath {
 struct Bfloat16Math {
   static constexpr float kMaxQuery = 0.0f;  // bf16 has the range of fp32: queries are taken as they are
   static constexpr float kBoost = 0.0f;
+  static constexpr uint32_t kOnes = 0x3f803f80;
 
   __device__ static __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

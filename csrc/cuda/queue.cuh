@@ -9,11 +9,6 @@
 
 namespace foldkv::cuda {
 
-// log2 of 16, 32, 64 or 128.
-__device__ __forceinline__ int page_shift(int page_size) {
-  return page_size == 16 ? 4 : page_size == 32 ? 5 : page_size == 64 ? 6 : 7;
-}
-
 // Where the stream stands: a run of slots of K, or of V, and the block, pass and item it belongs to. Each warp keeps its own
 // in shared memory: registers are scarce, and it is needed once a slot.
 struct alignas(16) Cursor {
@@ -23,33 +18,37 @@ struct alignas(16) Cursor {
   const int32_t* table;       // page ids of the sequence
   int high, block;            // end of the keys that the pass sees; first token of the block
   int end, size;              // end of the item's tokens; tokens of a block
-  int first_row;              // first query row of the pass
-  int freed;                  // slots that the last call of next() handed out
+  int freed, read;            // slots that the last call of next() handed out; index of the next one
+  const uint8_t* codes[2];    // of K and V: the kv head's in page 0
   const WorkItem* item;
-  const WorkItem* item_end;
+  int items;                  // that are left, this one included
+  int first_row;              // first query row of the pass
 };
 
 template <class S, class K, class V, int D>
 class Queue {
   static constexpr int kValues = 1 << 16;
+  static_assert(sizeof(Cursor) <= S::kCursorBytes, "room for it");
 
  public:
-  __device__ Queue(const AttendParams& p, uint32_t shared, int kv_head)
-      : p_(p), shared_(shared), kv_head_(kv_head), page_shift_(page_shift(p.page_size)) {}
+  __device__ explicit Queue(const AttendParams& p) : p_(p) {}
 
   // Begin a worker's items; all threads have left the slots.
-  __device__ __forceinline__ void start(const WorkItem* item, const WorkItem* end) {
+  __device__ __forceinline__ void start(const WorkItem* item, int items) {
     if (threadIdx.x % 32 == 0) {
       Cursor& c = cursor();
+      const int64_t before = static_cast<int64_t>(S::kv_head()) << page_shift();
+      c.codes[0] = p_.k_cache.codes + before * S::kKRow;
+      c.codes[1] = p_.v_cache.codes + before * S::kVRow;
       c.item = item;
-      c.item_end = end;
+      c.items = items;
       c.first_row = -S::kMaxRows;
       c.freed = 1;
+      c.read = 0;
       next_pass(c);
     }
     __syncwarp();
     if (cursor().left != 0) fetch_pages(cursor().table, cursor().token, cursor().low, cursor().stop);
-    read_ = 0;
 #pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) issue(i);
   }
@@ -57,41 +56,34 @@ class Queue {
   // The next `count` slots, 1 .. kTogether, filled: the first one's index. Also a barrier for the block. The slots handed out
   // before are free again.
   __device__ __forceinline__ int next(int count) {
-    int freed = 1;
-    if constexpr (S::kTogether == 1) {
+    const int2 state = *reinterpret_cast<const int2*>(&cursor().freed);
+    const int freed = S::kTogether == 1 ? 1 : state.x, first = state.y;
+    // On their way or here: all slots but the freed ones; the oldest `count` must be here.
+    const int others = freed + count;
+    if (S::kTogether == 1 || others == 2) {
       copy_wait<S::kStages - 2>();
+    } else if (others == 3) {
+      copy_wait<S::kStages - 3>();
     } else {
-      freed = cursor().freed;
-      // On their way or here: all slots but the freed ones; the oldest `count` must be here.
-      const int others = freed + count;
-      if (others == 4) {
-        copy_wait<S::kStages - 4>();
-      } else if (others == 3) {
-        copy_wait<S::kStages - 3>();
-      } else {
-        copy_wait<S::kStages - 2>();
-      }
+      copy_wait<S::kTogether == 1 ? 0 : S::kStages - 4>();
     }
     __syncthreads();
-    int write = read_ - freed < 0 ? read_ - freed + S::kStages : read_ - freed;
+    int write = first - freed < 0 ? first - freed + S::kStages : first - freed;
 #pragma unroll 1
     for (int i = 0; i < freed; ++i) {
       issue(write);
       write = write + 1 == S::kStages ? 0 : write + 1;
     }
-    const int first = read_;
-    read_ = read_ + count < S::kStages ? read_ + count : read_ + count - S::kStages;
-    if constexpr (S::kTogether > 1) {
-      if (threadIdx.x % 32 == 0) cursor().freed = count;
-      __syncwarp();
-    }
+    const int read = first + count < S::kStages ? first + count : first + count - S::kStages;
+    if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().freed) = make_int2(count, read);
+    __syncwarp();
     return first;
   }
 
   // Where the slot `i` after `first` is.
   __device__ __forceinline__ uint32_t slot(int first, int i) const {
     const int index = first + i < S::kStages ? first + i : first + i - S::kStages;
-    return shared_ + index * S::kSlotBytes;
+    return shared_base() + index * S::kSlotBytes;
   }
 
  private:
@@ -103,26 +95,21 @@ class Queue {
     const int4 now = *reinterpret_cast<const int4*>(&cursor().token);
     int token = now.x, left = now.y, low = now.z, stop = now.w;
     if (left != 0) {
-      const uint32_t slot = shared_ + write * S::kSlotBytes;
+      const uint32_t slot = shared_base() + write * S::kSlotBytes;
       const bool values = left > kValues;
-      if constexpr (S::kKRow == S::kVRow) {
-        copy_codes<S::kKRow / 16>(values ? p_.v_cache.codes : p_.k_cache.codes, slot, token, low, stop);
-      } else if (values) {
-        copy_codes<S::kVRow / 16>(p_.v_cache.codes, slot, token, low, stop);
+      const uint8_t* codes = cursor().codes[values];
+      if (S::kKRow == S::kVRow || !values) {
+        copy_codes<S::kKRow / 16>(codes, slot, token, low, stop);
       } else {
-        copy_codes<S::kKRow / 16>(p_.k_cache.codes, slot, token, low, stop);
+        copy_codes<S::kVRow / 16>(codes, slot, token, low, stop);
       }
-      if (!values) {
-        if constexpr (K::kInteger) {
-          if (p_.k_cache.format.dynamic) copy_meta(p_.k_cache, slot + S::kKMeta, token, low, stop, 0);
-        }
-        if constexpr (V::kInteger) {
-          if (p_.v_cache.format.dynamic) copy_meta(p_.v_cache, slot + S::kVMeta, token, low, stop, 1);
-        }
+      if constexpr (K::kInteger || V::kInteger) {
+        if (!values && (p_.k_cache.format.dynamic || p_.v_cache.format.dynamic)) copy_scales(slot, token, low, stop);
       }
       token += S::kStageTokens;
       --left;
       const int32_t* table = cursor().table;
+      __syncwarp();  // all have read what is now written anew
       if (left % kValues != 0) {
         if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().token) = make_int2(token, left);
       } else {
@@ -137,12 +124,15 @@ class Queue {
     copy_commit();
   }
 
+  // log2 of the page size.
+  __device__ __forceinline__ int page_shift() const { return 31 - __clz(opaque(p_.page_size)); }
+
   // Page ids of the next slot: lane l has that of the 16 tokens from 16 l on. They come a slot ahead of their use. A table
   // that names no page of the pool gives wrong numbers, not a fault.
   static constexpr int kGroups = S::kStageTokens / 16;
   __device__ __forceinline__ void fetch_pages(const int32_t* table, int token, int low, int stop) {
     const int at = min(max(token + 16 * (opaque(threadIdx.x) % kGroups), low), stop - 1);
-    pages_ = min(static_cast<uint32_t>(__ldg(table + (at >> page_shift_))), p_.max_page);
+    pages_ = min(static_cast<uint32_t>(__ldg(table + (at >> page_shift()))), p_.max_page);
   }
   __device__ uint32_t page_of(int row) const { return __shfl_sync(0xffffffffu, pages_, row / 16); }
 
@@ -169,16 +159,16 @@ class Queue {
 
   __device__ __forceinline__ void next_pass(Cursor& c) const {
     const int group = p_.h_q / opaque(p_.h_kv);
-    for (; c.item < c.item_end; ++c.item, c.first_row = -S::kMaxRows) {
+    for (; c.items > 0; ++c.item, --c.items, c.first_row = -S::kMaxRows) {
       const WorkItem item = *c.item;
       c.first_row += S::kMaxRows;
       if (c.first_row >= item.q_count * group) continue;
-      const Pass pass(item, group, c.first_row, S::kMaxTiles, p_.window_left);
+      const Pass pass(item, group, c.first_row, S::kMaxRows, p_.window_left);
       if (pass.begin >= pass.end) continue;
       c.low = pass.low;
       c.high = pass.high;
       c.end = pass.end;
-      c.size = pass.block;
+      c.size = pass.block();
       c.block = pass.begin;
       c.table = p_.block_table + item.seq * p_.table_stride;
       begin_block(c);
@@ -188,66 +178,70 @@ class Queue {
   }
 
   // kStageTokens rows of kUnits * 16 bytes, from token `first` on. Rows outside low .. stop - 1 are zero and are not fetched,
-  // nor are their page ids read.
+  // nor are their page ids read. `codes`: the kv head's in page 0.
   template <int kUnits>
-  __device__ __forceinline__ void copy_codes(const uint8_t* pool, uint32_t slot, int first, int low, int stop) {
+  __device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, int first, int low, int stop) {
     constexpr int kRow = 16 * kUnits, kPieces = S::kStageTokens * kUnits, kEach = (kPieces + kThreads - 1) / kThreads;
-    // A thread's pieces lie at one unit, kThreads / kUnits rows apart, and are swizzled alike.
-    constexpr bool kEven = kThreads % kUnits == 0 && kThreads / kUnits % 8 == 0;
-    const int thread = opaque(threadIdx.x), row0 = thread / kUnits, unit0 = thread % kUnits;
-    const uint32_t page_bytes = static_cast<uint32_t>(p_.h_kv << page_shift_) * kRow;
-    const uint32_t to0 = slot + row0 * kRow + ((unit0 ^ Swizzle<kUnits>::of(row0)) << 4);
-    pool += (static_cast<int64_t>(kv_head_) << page_shift_) * kRow;
-    const auto place = [&](int i) {
-      const int piece = thread + i * kThreads, row = piece / kUnits, unit = piece % kUnits;
-      return kEven ? to0 + i * (kThreads * 16) : slot + row * kRow + ((unit ^ Swizzle<kUnits>::of(row)) << 4);
+    const int shift = page_shift();
+    const unsigned thread = opaque(threadIdx.x), mask = (1u << shift) - 1;
+    const uint32_t page_bytes = static_cast<uint32_t>(p_.h_kv << shift) * kRow;
+    const auto place = [&](unsigned piece) {
+      const unsigned row = piece / kUnits, unit = piece % kUnits;
+      return slot + row * kRow + ((unit ^ Swizzle<kUnits>::of(row)) << 4);
     };
-    if (page_shift_ >= 6 && first >= low && first + S::kStageTokens <= stop) {
-      // 64 tokens are one run of bytes.
+    if (shift >= 6 && first >= low && first + S::kStageTokens <= stop) {
+      // 64 tokens are one run of bytes. A thread's pieces lie at one unit, rows apart, and may be swizzled alike.
+      constexpr bool kEven = kThreads % kUnits == 0 && kThreads / kUnits % 8 == 0;
       constexpr int kRuns = S::kStageTokens / 64, kRunPieces = 64 * kUnits;
+      static_assert(kRuns == 1 || kRunPieces % kThreads == 0, "a thread's pieces begin a run together");
+      const uint32_t to0 = place(thread);
       const uint8_t* from = nullptr;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         if (i * kThreads % kRunPieces == 0) {
-          const int token = first + i * kThreads / kUnits;
-          const int offset = (token & ((1 << page_shift_) - 1)) * kRow + thread * 16;
-          from = pool + (static_cast<uint64_t>(page_of(i * kThreads / kUnits)) * page_bytes + offset);
+          const unsigned token = first + i * kThreads / kUnits;
+          from = codes + (static_cast<uint64_t>(page_of(i * kThreads / kUnits)) * page_bytes +
+                          ((token & mask) * kRow + thread * 16));
         }
-        static_assert(kRuns == 1 || kRunPieces % kThreads == 0, "a thread's pieces begin a run together");
         if (kPieces % kThreads == 0 || thread + i * kThreads < kPieces) {
-          copy_async(place(i), from + i * kThreads % kRunPieces * 16);
+          copy_async(kEven ? to0 + i * (kThreads * 16) : place(thread + i * kThreads),
+                     from + i * kThreads % kRunPieces * 16);
         }
       }
       return;
     }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int piece = thread + i * kThreads, row = piece / kUnits, unit = piece % kUnits, token = first + row;
-      const uint32_t page = page_of(row);
-      const int offset = (token & ((1 << page_shift_) - 1)) * kRow + unit * 16;
-      const uint8_t* from = pool + (static_cast<uint64_t>(page) * page_bytes + offset);
-      if (kPieces % kThreads == 0 || piece < kPieces) copy_async(place(i), from, token >= low && token < stop ? 16 : 0);
+#pragma unroll 1
+    for (unsigned piece = thread; piece < ceil_div(kPieces, kThreads) * kThreads; piece += kThreads) {
+      const unsigned row = piece / kUnits, unit = piece % kUnits;
+      const int token = first + static_cast<int>(row);
+      const uint32_t page = page_of(row), offset = (token & mask) * kRow + unit * 16;
+      const bool seen = token >= low && token < stop;
+      if (kPieces % kThreads == 0 || piece < kPieces) {
+        copy_async(place(piece), codes + (static_cast<uint64_t>(page) * page_bytes + offset), seen ? 16 : 0);
+      }
     }
   }
 
-  // Scales of the same tokens, 16 bytes a lane of `warp`.
-  __device__ __forceinline__ void copy_meta(const Cache& cache, uint32_t to, int first, int low, int stop, int warp) {
-    if (threadIdx.x / 32 != warp) return;
-    const int lane = opaque(threadIdx.x) % 32, bytes = cache.format.meta_bytes(), tokens = bytes == 4 ? 4 : 8;
-    const uint32_t page = page_of(min(lane * tokens, S::kStageTokens - 1));
+  // Scales of the same tokens, 16 bytes a lane: of K by the first warp, of V by the second.
+  __device__ __forceinline__ void copy_scales(uint32_t slot, int first, int low, int stop) {
+    const unsigned thread = opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    if (warp > 1) return;
+    const Format format = warp == 0 ? p_.k_cache.format : p_.v_cache.format;
+    if (!format.dynamic) return;
+    const uint8_t* meta = warp == 0 ? p_.k_cache.meta : p_.v_cache.meta;
+    const uint32_t to = slot + (warp == 0 ? S::kKMeta : S::kVMeta) + lane * 16;
+    const int bytes = format.meta_bytes(), tokens = 16 / bytes, shift = page_shift();
+    const uint32_t page = page_of(min(static_cast<int>(lane) * tokens, S::kStageTokens - 1));
     if (lane * tokens >= S::kStageTokens) return;
-    const int token = first + lane * tokens;
+    const int token = first + static_cast<int>(lane) * tokens;
     int valid = min(stop - token, tokens);
     if (token + tokens <= low || valid < 0) valid = 0;
-    const int64_t tile = static_cast<int64_t>(page) * p_.h_kv + kv_head_;
-    const int offset = token & ((1 << page_shift_) - 1);
-    copy_async(to + lane * 16, cache.meta + ((tile << page_shift_) + offset) * bytes, valid * bytes);
+    const int64_t tile = static_cast<int64_t>(page) * p_.h_kv + S::kv_head();
+    const int offset = token & ((1 << shift) - 1);
+    copy_async(to, meta + ((tile << shift) + offset) * bytes, valid * bytes);
   }
 
   const AttendParams& p_;
-  const uint32_t shared_;
-  const int kv_head_, page_shift_;
-  int read_;
   uint32_t pages_;
 };
 

@@ -25,7 +25,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 class Workload:
     """A batch: each sequence has `lengths[b]` cached tokens, the last `q_len` of them new.
 
-    max_seq_len: what the plan and the block table are made for, by default the longest sequence.
+    max_seq_len: what the plan and the block table are made for, by default the longest sequence. static_grid: the seed of
+    the design, see `Capacity`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Workload:
     head_dim: int = 128
     page_size: int = 64
     max_seq_len: int | None = None
+    static_grid: bool = False
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < self.q_len:
@@ -137,6 +139,7 @@ class PagedCase:
         capacity = Capacity.for_device(
             device, max_batch=work.batch, max_q_tokens=work.q_tokens, max_seq_len=max_seq_len, total_tokens=tokens,
             h_q=work.h_q, h_kv=work.h_kv, head_dim=work.head_dim, page_size=work.page_size,
+            static_grid=work.static_grid,
         )  # fmt: skip
         self.plan = Plan(capacity, device=device)
         self.plan.update(self.seq_lens, self.cu_seqlens_q)

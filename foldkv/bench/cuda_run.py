@@ -184,15 +184,16 @@ class CudaBench:
 class Recorder:
     """A result file that is whole after every row, so that a run which is cut off keeps what it measured."""
 
-    def __init__(self, command: str, device: str, path: Path | None) -> None:
+    def __init__(self, command: str, device: str, path: Path | None, kind: str = "cuda") -> None:
         self.path = path
-        self.data = stamp(device, command) | {"kind": "cuda", "rates_gb_per_s": {}, "notes": [], "rows": []}
+        self.data = stamp(device, command) | {"kind": kind, "rates_gb_per_s": {}, "notes": [], "rows": []}
         cuda = torch.version.cuda
         self.data["versions"] |= {"cuda": cuda} if cuda else {}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Any) -> None:
+        """Keep the rates, a note, or a row (a dataclass)."""
         if isinstance(result, Rates):
             self.data["rates_gb_per_s"] = asdict(result)
         elif isinstance(result, Note):

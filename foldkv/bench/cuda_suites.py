@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from quant.errors import ArgumentError, describe
 
@@ -37,7 +38,7 @@ class Item:
         return self.suite == "prefill"
 
 
-def _batch(batch: int, seq_len: int, extra: str = "", **sizes: int) -> Workload:
+def _batch(batch: int, seq_len: int, extra: str = "", **sizes: Any) -> Workload:
     return Workload(f"{batch} x {seq_len}{extra}", (seq_len,) * batch, **sizes)
 
 
@@ -57,10 +58,12 @@ def _goals(name: str, slack: float = 1.0) -> dict[int, float]:
 def _capacity() -> list[Item]:
     works = {size: _batch(256, 1024, f", for {size}", max_seq_len=size) for size in (4096, 131072)}
     slacks = {4096: 1.0, 131072: targets.CAPACITY_SLACK}
-    return [
+    items = [
         Item("capacity", work, modes=FEW_MODES, goals=_goals("256 x 1024", slacks[size]))
         for size, work in works.items()
     ]
+    seeds = (replace(work, name=work.name + ", static grid", static_grid=True) for work in works.values())
+    return items + [Item("capacity", work, modes=FEW_MODES) for work in seeds]
 
 
 def _groups() -> list[Item]:

@@ -42,19 +42,45 @@ def bench(
         float | None, typer.Option(min=0.0, help="Time spent on each row; default 1.5, on a GPU 0.25.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto",
+    model: Annotated[
+        str, typer.Option(help="Time a whole model: a checkpoint, a config.json, llama3-8b-shape, llama3-1b-shape.")
+    ] = "",
+    cases: Annotated[str, typer.Option(help="With --model: batches x cached tokens.")] = "1x32k,16x8k,64x8k,256x1k",
+    peers: Annotated[str, typer.Option(help="With --model: also on static, quanto4, hqq8, hqq4; none.")] = "none",
+    steps: Annotated[int, typer.Option(min=16, help="With --model: decoding steps of each row.")] = 64,
+    compiled: Annotated[bool, typer.Option("--compile", help="With --model: decode through torch.compile.")] = False,
+    ttft: Annotated[bool, typer.Option(help="With --model: time a prefill of each case too.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON; on a GPU after every row.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Result as JSON on stdout.")] = False,
 ) -> None:
     """Time attention for each mode: microseconds, GB/s, share of the read ceiling, x C16, x the best peer.
 
-    One shape (--batch, --seq, ...), or on a GPU the sets of shapes that --suite names.
+    One shape (--batch, --seq, ...), or on a GPU the sets of shapes that --suite names. With --model a whole model on the
+    engine: tokens/s, time to first token, time between tokens, memory.
     """
     place = _device(device)
     if suite and place == "cpu":
         raise UsageError("--suite: expected a GPU, got --device cpu; give a shape with --batch and --seq")
+    modes = [name.strip() for name in kv.split(",")]
+    if model:
+        from .bench_model import bench_model
+
+        bench_model(
+            model,
+            modes,
+            cases,
+            peers,
+            dtype,
+            place,
+            steps=steps,
+            compiled=compiled,
+            ttft=ttft,
+            out=out,
+            as_json=as_json,
+        )
+        return
     from foldkv.bench.cases import Shape
 
-    modes = [name.strip() for name in kv.split(",")]
     shape = Shape(batch, seq, heads, kv_heads, head_dim, page_size, q_len)
     budget = SECONDS[place] if seconds is None else seconds
     sizes = (

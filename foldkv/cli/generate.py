@@ -45,6 +45,7 @@ def generate(
         raise UsageError(describe("--prompt", "some text", "none"))
     from transformers import TextStreamer, set_seed
 
+    from foldkv.engine import explain
     from foldkv.hf import load_model, swap_kv_cache
 
     loaded, tokenizer = load_model(model, dtype, device)
@@ -56,31 +57,35 @@ def generate(
     streams = sys.stdout.isatty() and num_beams == 1 and not json
     if seed is not None:
         set_seed(seed)
-    begin = time.perf_counter()
-    out: Any = loaded.generate(
+    options: dict[str, Any] = {
         **inputs,
         **_sampling(temperature, top_p),
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None,
-        return_dict_in_generate=True,
-    )
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None,
+    }
+    on_engine = explain(loaded, **options).on_engine
+    begin = time.perf_counter()
+    out: Any = loaded.generate(**options, **({} if on_engine else {"return_dict_in_generate": True}))
     seconds = time.perf_counter() - begin
-    new = out.sequences[0, prompt_tokens:]
+    cache: FoldCache = swap.engine.runner.cache if on_engine else out.past_key_values
+    tokens = (out if on_engine else out.sequences)[0]
+    new = tokens[prompt_tokens:]
     answer = tokenizer.decode(new, skip_special_tokens=True)
     figures = {
         "mode": swap.mode,
         "bits_per_element": swap.bits_per_element,
-        **_cache_bytes(out.past_key_values),
+        **_cache_bytes(cache, len(tokens) - 1, num_beams),
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(new),
         "seconds": seconds,
         "tokens_per_second": len(new) / seconds,
+        "engine": on_engine,
     }
-    nonfinite = out.past_key_values.num_nonfinite
-    if nonfinite:
-        console.print(f"[yellow]warning[/] {nonfinite} elements of K and V were NaN or infinite; try --dtype float32")
+    if cache.num_nonfinite:
+        text = f"{cache.num_nonfinite} elements of K and V were NaN or infinite; try --dtype float32"
+        console.print(f"[yellow]warning[/] {text}")
     if json:
         emit_json({"text": answer, **figures})
         return
@@ -119,10 +124,11 @@ def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p}
 
 
-def _cache_bytes(cache: FoldCache) -> dict[str, int]:
-    """Bytes of the pages in use, and of as many tokens at 16 bits."""
+def _cache_bytes(cache: FoldCache, num_tokens: int, num_beams: int) -> dict[str, int]:
+    """Bytes of the pages that were in use at the end, and of as many tokens at 16 bits."""
     paged = cache.paged
-    used = paged.num_used_pages * paged.page_size * paged.elements_per_token
+    pages = paged.num_used_pages if num_beams > 1 else paged.table.num_pages_for(num_tokens)
+    used = pages * paged.page_size * paged.elements_per_token
     return {"cache_bytes": round(used * paged.bits_per_element / 8), "cache_bytes_c16": used * 2}
 
 

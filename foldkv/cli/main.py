@@ -15,6 +15,7 @@ from .generate import generate
 from .inspect import inspect
 from .interchange import export, import_
 from .models import models
+from .plan import plan
 from .report import report
 from .rewrite import rewrite
 
@@ -42,7 +43,7 @@ def _main(
     del version
 
 
-for _command in (calibrate, inspect, generate, report, bench, models, doctor, rewrite):
+for _command in (calibrate, inspect, generate, report, bench, plan, models, doctor, rewrite):
     app.command()(_command)
 app.command("export")(export)
 app.command("import")(import_)

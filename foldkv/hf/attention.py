@@ -111,9 +111,12 @@ def first_valid_column(
     attention_mask: bool `[b, kv_length]`, False where padded. Errors: ArgumentError for a mask with padding between
     tokens, UnsupportedModelError for a pattern that is neither causal nor a sliding window.
     """
-    if active_cache.get() is None:
+    cache = active_cache.get()
+    if cache is None:
         kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap}
         return ALL_MASK_ATTENTION_FUNCTIONS[fallback](batch_size, q_length, kv_length, *args, **kwargs)
+    if cache.state.mask_checked:
+        return None
     if use_vmap or _looks_ahead(mask_function, batch_size, q_length, kv_length, kwargs.get("device")):
         raise UnsupportedModelError(describe("attention pattern", "causal or a sliding window", "another one"))
     if attention_mask is None:

@@ -11,9 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from quant import ops
 from quant.cache import PagedKVCache
 from quant.errors import ArgumentError, UnsupportedModelError, describe
-from quant.pages import LayerPages
+from quant.pages import LayerPages, identity_params
 
-from .state import CacheState
+from .state import CacheState, LayerParams
 
 # The attribute that carries a `FoldLayer` from `Cache.update` to the attention function, on the tensors themselves.
 TAG = "_foldkv_layer"
@@ -54,6 +54,14 @@ class FoldLayer(CacheLayerMixin):
             paged.set_params(index, *params)
         self._index, self.is_initialized = index, True
 
+    def set_params(self, params: LayerParams) -> None:
+        """Put scale parameters in place, those that change nothing for None."""
+        pages = self.pages
+        if params is None:
+            shape = (pages.h_kv, pages.head_dim, pages.k.params.device)
+            params = (identity_params(pages.k.fmt, *shape), identity_params(pages.v.fmt, *shape))
+        self.state.paged.set_params(self._index, *params)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append K and V `[b, h_kv, s, d]` (after RoPE); returns them tagged, for the attention function."""
         step = self.state.step_for(key_states.shape[0], key_states.shape[2])
@@ -92,7 +100,7 @@ class FoldLayer(CacheLayerMixin):
             raise ArgumentError(describe("attention", "a running forward pass", "none"))
         batch, h_q, q_len, head_dim = query.shape
         pages = self.pages
-        if not step.attended and starts is not None:
+        if starts is not None and not step.attended and not state.mask_checked:
             step.seq_starts = starts.reshape(-1).expand(batch).contiguous()
         plan = state.plan(step, pages, h_q, q_len, window_left)
         out = ops.append_attention(

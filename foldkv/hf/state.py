@@ -48,6 +48,9 @@ class CacheState:
     layer it reaches and commits them when it ends; whatever ends it early takes them back.
     """
 
+    # Whether the model's attention patterns are known to be causal, so that masks need not be looked at.
+    mask_checked = False
+
     def __init__(
         self, paged: PagedKVCache, specs: LayerSpecs, params: Sequence[LayerParams], grows: bool = False
     ) -> None:
@@ -59,6 +62,7 @@ class CacheState:
         self.length = 0
         self.step: Step | None = None
         self.in_forward = False
+        self.is_stale = False  # its pages were written under other scales or formats than the swap now has
         with torch.inference_mode(False):
             self.nonfinite = torch.zeros(1, dtype=torch.int64, device=paged.device)
         self._plans: dict[tuple[int, ...], _PlanSlot] = {}
@@ -67,6 +71,9 @@ class CacheState:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around a forward pass: commit what it appended, or on any exception, Ctrl-C included, take it back."""
+        if self.is_stale:
+            got = "one whose pages were written under others"
+            raise ArgumentError(describe("cache", "one of the swap's present mode and scales", got, "make a new one"))
         self.in_forward, self.step = True, None
         try:
             yield

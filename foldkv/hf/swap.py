@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MethodType, TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ def swap_kv_cache(
     scales: KVScales | None = None,
     *,
     page_size: int = 64,
+    engine: bool | None = None,
 ) -> KVSwap:
     """Let `model.generate()` keep its KV cache in foldkv pages, and attend to them with foldkv's kernels.
 
@@ -43,6 +45,7 @@ def swap_kv_cache(
             plan of `scales`.
     scales: of `calibrate` or `KVScales.load`; needed by modes with static scales, used where given by the others.
     page_size: tokens of a page: 16, 32, 64 or 128.
+    engine: whether `generate` runs on `foldkv.Engine` where that can serve the call (`foldkv.explain` says): None on a GPU.
 
     Returns the swap; `restore()` it, or use it as a context manager, to have the model back exactly as it was. Only
     `generate` takes the cache by itself; for a forward pass give it one: `model(ids, past_key_values=swap.new_cache(...))`.
@@ -50,7 +53,7 @@ def swap_kv_cache(
     Errors, all before anything is changed: UnsupportedModelError with the reason; ArgumentError for an unknown mode,
     missing scales, or a model already swapped; ScaleFileError for scales of another model.
     """
-    return KVSwap(model, mode, scales, page_size=page_size)
+    return KVSwap(model, mode, scales, page_size=page_size, engine=engine)
 
 
 def current_swap(model: nn.Module) -> KVSwap | None:
@@ -85,7 +88,7 @@ class _Change:
 class KVSwap:
     """A swapped KV cache; see `swap_kv_cache`.
 
-    model: the model. specs: the format of every layer. scales: those it was swapped with.
+    model: the model. specs: the format of every layer. scales: those it was swapped with. use_engine: as given.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class KVSwap:
         scales: KVScales | None = None,
         *,
         page_size: int = 64,
+        engine: bool | None = None,
     ) -> None:
         check_page_size(page_size)
         check_model(model)
@@ -105,10 +109,13 @@ class KVSwap:
         self.model = model
         self.scales = scales
         self.page_size = page_size
+        self.use_engine = engine
+        self.engine: Any = None  # the one that `generate` made
+        self._states: WeakSet[CacheState] = WeakSet()
+        self._engines: WeakSet[Any] = WeakSet()
         self._text_config = model.config.get_text_config(decoder=True)
-        float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-        self.specs = parse_modes(mode, self.num_layers, float_codec, scales.plan if scales else None)
-        self._params = self._layer_params()
+        self.specs = self._parse(mode, scales)
+        self._params = self._layer_params(self.specs, scales)
         self._warned_length = False
         self._changes: list[_Change] = []
         try:
@@ -123,6 +130,11 @@ class KVSwap:
     def mode(self) -> str:
         """The name of the mode, exceptions included."""
         return self.specs.name
+
+    @property
+    def params(self) -> list[LayerParams]:
+        """K and V params of each layer, fp32 `[4, h_kv, d]`, or None for a layer without scales."""
+        return self._params
 
     @property
     def num_layers(self) -> int:
@@ -154,7 +166,9 @@ class KVSwap:
         paged = PagedKVCache(
             max_batch, max_seq_len, num_pages=num_pages, page_size=self.page_size, device=self.model.device
         )
-        return FoldCache(CacheState(paged, self.specs, self._params, grows), self.num_layers)
+        state = CacheState(paged, self.specs, self._params, grows)
+        self._states.add(state)
+        return FoldCache(state, self.num_layers)
 
     # --- on and off ---------------------------------------------------------------------------------------------------
 
@@ -170,6 +184,7 @@ class KVSwap:
         for module in {id(module): module for module in (model, decoder)}.values():
             self._change(module, "forward", MethodType(_forward_of(module), module))
         self._change(model, "_prepare_cache_for_generation", MethodType(_prepare_cache_for_generation, model))
+        self._change(model, "generate", MethodType(_generate_of(model), model))
 
     def _change(self, owner: Any, name: str, value: Any) -> None:
         self._changes.append(_Change(owner, name, owner.__dict__.get(name, _ABSENT)))
@@ -177,8 +192,15 @@ class KVSwap:
 
     def restore(self) -> None:
         """Give the model its own cache and attention back, exactly as they were. A second call does nothing."""
+        self.release_engine()
         while self._changes:
             self._changes.pop().undo()
+
+    def release_engine(self) -> None:
+        """Free the pool and the graphs that `generate` keeps from call to call."""
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
 
     def __enter__(self) -> KVSwap:
         return self
@@ -194,19 +216,62 @@ class KVSwap:
 
     # --- scales -------------------------------------------------------------------------------------------------------
 
-    def _layer_params(self) -> list[LayerParams]:
+    def load(
+        self,
+        mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec] | None = None,
+        scales: KVScales | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        """Change mode, scales or both while the swap is on; what is left out stays as it is.
+
+        Pages written before mean nothing under other scales, so caches of `new_cache` raise from now on. Engines take the
+        change over: new scales of the same formats go to the same addresses and captured graphs stay; another format makes
+        their pools anew. Their sequences are computed again from their tokens with `recompute`, and a warning says so.
+        Loading A, then B, then A again leaves the bits of A.
+        Errors, before anything is changed: as `swap_kv_cache`; ArgumentError while an engine has sequences, without
+        `recompute`, and for a swap that is off.
+        """
+        if not self.is_on:
+            raise ArgumentError(describe("swap", "one that is on", "a restored one", "swap the model again"))
+        scales = self.scales if scales is None else scales
+        specs = self.specs if mode is None else self._parse(mode, scales)
+        params = self._layer_params(specs, scales)
+        engines = list(self._engines)
+        for engine in engines:
+            engine.prepare_reload(recompute)
+        self.specs, self.scales, self._params, self._warned_length = specs, scales, params, False
+        for state in self._states:
+            state.is_stale = True
+        for engine in engines:
+            engine.reload()
+
+    def register_engine(self, engine: Any) -> None:
+        """Have `load` tell an engine of changes, as long as it lives."""
+        self._engines.add(engine)
+
+    def forget_engine(self, engine: Any) -> None:
+        """Undo `register_engine`."""
+        self._engines.discard(engine)
+
+    def _parse(
+        self, mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec], scales: KVScales | None
+    ) -> LayerSpecs:
+        float_codec = "bf16" if self.model.dtype == torch.bfloat16 else "fp16"
+        return parse_modes(mode, self.num_layers, float_codec, scales.plan if scales else None)
+
+    def _layer_params(self, specs: LayerSpecs, scales: KVScales | None) -> list[LayerParams]:
         """Scale parameters of each layer, or None where there are none to set."""
-        if self.scales is None:
-            if self.specs.needs_scales:
+        if scales is None:
+            if specs.needs_scales:
                 fix = "run foldkv.calibrate(model), or take a mode without them (c8d, c4r)"
-                raise ArgumentError(describe(f"scales of mode {self.mode!r}", "KVScales", "none", fix))
+                raise ArgumentError(describe(f"scales of mode {specs.name!r}", "KVScales", "none", fix))
             return [None] * self.num_layers
         from calib.derive import layer_params
 
-        self._check_scales(self.scales)
+        self._check_scales(scales)
         return [
-            None if layer is None else layer_params(self.scales, idx, self.specs[idx])
-            for idx, layer in enumerate(self.scales.layers)
+            None if layer is None else layer_params(scales, idx, specs[idx]) for idx, layer in enumerate(scales.layers)
         ]
 
     def _check_scales(self, scales: KVScales) -> None:
@@ -238,7 +303,11 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = own if own is not None else MethodType(stock, self)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return stock(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+        if torch.compiler.is_compiling():  # whoever compiles opens the step outside
+            return run(*args, **kwargs)
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, FoldCache):
             cache = next((value for value in args if isinstance(value, FoldCache)), None)
@@ -259,6 +328,24 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
         return result
 
     return forward
+
+
+def _generate_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """`generate` of a swapped model: on the engine where it can serve the call, else transformers' own."""
+    own: Callable[..., Any] | None = model.__dict__.get("generate")
+    stock = type(model).generate
+
+    @functools.wraps(stock)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        from foldkv.engine.generation import generate as on_engine  # the engine stands on the swap
+
+        swap = current_swap(self)
+        found = None if swap is None or own is not None else on_engine(swap, args, kwargs)
+        if found is not None:
+            return found
+        return stock(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    return generate
 
 
 def _check_not_empty(*inputs: Any) -> None:

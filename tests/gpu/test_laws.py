@@ -14,7 +14,17 @@ from quant import backend, ops
 from quant.pages import LayerPages
 from quant.plan import Plan
 
-from .helpers import DEVICE, ON_GPU, check_precision, cuda_only, device_workers, is_split, make_source, same_bits
+from .helpers import (
+    DEVICE,
+    ON_GPU,
+    capture,
+    check_precision,
+    cuda_only,
+    device_workers,
+    is_split,
+    make_source,
+    same_bits,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -117,6 +127,32 @@ def test_batch_invariance(mode: str, q_len: int, window: int) -> None:
     # A larger capacity.
     large = {"max_batch": 300, "max_q_tokens": 4096, "max_seq_len": 10**6, "total_tokens": 10**6, "num_workers": 132}
     assert same_bits(result(alone, 0, alone.plan(window, **large), **options), want)
+
+
+def static_plan(batch: Batch, **changes: int) -> Plan:
+    """A block for each chunk that the largest batch could have."""
+    room = {"max_batch": 8, "max_seq_len": 4096, **changes}
+    workers = room["max_batch"] * -(-room["max_seq_len"] // 256)
+    return batch.plan(num_workers=workers, static_grid=True, **room)
+
+
+@pytest.mark.parametrize("mode", LAW_MODES)
+def test_a_static_grid_gives_the_same_bits(mode: str) -> None:
+    """The seed of the design, a grid for the longest sequence: every chunk has a block of its own, and none two."""
+    batch = make_ragged(make_source(mode, 2, 4, 128, 64), MIXED)
+    want = batch.attend(batch.plan(num_workers=1))
+    plan = static_plan(batch)
+    assert int(plan.buffer[10]) == 1 and is_split(plan)
+    assert same_bits(batch.attend(plan), want)
+    assert same_bits(batch.attend(static_plan(batch, max_seq_len=100_000)), want)
+    lengths, results = batch.seq_lens.clone(), []
+    batch.seq_lens.clamp_(max=1)
+    plan.update(batch.seq_lens, torch.zeros_like(batch.cu_seqlens_q))
+    replay = capture(lambda: results.append(batch.attend(plan)))
+    batch.seq_lens.copy_(lengths)
+    plan.update(batch.seq_lens, batch.cu_seqlens_q)
+    replay()
+    assert same_bits(results[-1], want)
 
 
 @pytest.mark.parametrize("mode", LAW_MODES)

@@ -1,0 +1,432 @@
+// Tiles of at most 8 query rows: decode. A chunk at once: scores as S^T = K Q^T, tokens in rows, each warp 16 tokens of every
+// 64; the maximum over the chunk; weights into shared memory; then O^T = V^T P^T, each warp its own channels.
+#pragma once
+
+#include "cuda/fragments.cuh"
+#include "cuda/queries.cuh"
+#include "cuda/queue.cuh"
+
+namespace foldkv::cuda {
+
+template <class S, class K, class V, int D>
+class Narrow {
+  using Rows = typename S::Rows;
+  static constexpr int kSlices = S::kSlices;
+  static constexpr int kOwn = (kSlices + kWarps - 1) / kWarps;  // slices of a warp: warp, warp + 4
+  static constexpr int kKWords = K::kBits / 4, kVWords = V::kBits / 4;
+  static constexpr int kTiles = kNarrowBlock / 64, kStageTiles = S::kStageTokens / 64;
+  static constexpr int kMaxStages = kNarrowBlock / S::kStageTokens;
+  static_assert(kNarrowBlock == kChunkSize, "a block is a chunk");
+
+ public:
+  __device__ __forceinline__ Narrow(const AttendParams& p, Queue<S, K, V, D>& queue)
+      : p_(p),
+        queue_(queue),
+        warp_(opaque(threadIdx.x) / 32),
+        lane_(opaque(threadIdx.x) % 32),
+        g_(lane_ / 4),
+        t_(lane_ % 4) {}
+
+  __device__ __forceinline__ void run() {
+    const Current& now = current();
+    Outputs out, run;
+    set_mine(Rows::run_max(), make_int2(kEmpty, kEmpty));
+    set_mine(Rows::run_total(), make_float2(0.0f, 0.0f));
+    for_fragments([&](int own, int tile, int c) { run[own][tile][c] = 0.0f; });
+#pragma unroll 1
+    for (int token = now.pass.begin; token < now.pass.end; token += kNarrowBlock) {
+      for_fragments([&](int own, int tile, int c) { out[own][tile][c] = 0.0f; });
+      attend_chunk(token, out);
+      if (now.folds) {
+        fold_chunk(run, out);
+      } else {
+        save(now.first_partial + (token / kChunkSize - now.chunk_begin) * now.q_count, Rows::chunk_max(),
+             Rows::chunk_total(), out);
+      }
+    }
+    if (!now.folds) return;
+    if (now.first_partial >= 0) {
+      save(now.first_partial, Rows::run_max(), Rows::run_total(), run);
+    } else {
+      write_rows(run);
+    }
+  }
+
+ private:
+  // Outputs: [slice][tile of 16 channels][fragment].
+  using Outputs = float[kOwn][2][4];
+
+  __device__ __forceinline__ static const Current& current() { return Queries<S, K, D>::current(); }
+
+  // --- scores --------------------------------------------------------------------------------------------------------
+
+  // Logits times log2(e) of 16 tokens and 8 query rows, as a C fragment; in two chains of sums.
+  __device__ __forceinline__ void score(uint32_t slot, int row0, float (&x)[4]) const {
+    constexpr int kUnits = S::kKRow / 16;
+    const int lane = opaque(lane_), row = row0 + KeyLane<false>::row(lane);
+    float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const float2 start = pair(Rows::correction());
+    x[0] = x[2] = start.x;
+    x[1] = x[3] = start.y;
+    if constexpr (!K::kInteger) x[0] = x[1] = x[2] = x[3] = 0.0f;
+    uint32_t word[kKeySpan<K>][kKWords][2];
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+      uint32_t a[2][4];
+      if (slice % kKeySpan<K> == 0) {
+        load_keys<S, K, false, kKeySpan<K>>(word, slice, slot + row * S::kKRow, Swizzle<kUnits>::of(row),
+                                            KeyLane<false>::high(lane));
+      }
+      K::k_fragments(word[slice % kKeySpan<K>], a);
+      const uint4 q = load_shared(shared_base() + S::narrow_query(g_, slice) + t_ * 16);  // of two k-steps
+      K::Math::mma(x, a[0], q.x, q.y);
+      K::Math::mma(odd, a[1], q.z, q.w);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[c] += odd[c];
+    const float2 factor = pair(Rows::factor()), base = pair(Rows::base());
+    if constexpr (K::kInteger) {
+      const Format& format = p_.k_cache.format;
+      if (format.dynamic) {
+        const float2 sum = pair(Rows::sum());
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t raw = load_scale(format, slot + S::kKMeta, row0 + g_ + 8 * h);
+          const Scale k = unpack_scale<K>(raw, format.stored_zero);
+          x[2 * h] = fmaf(-k.zero, sum.x, x[2 * h]) * k.scale;
+          x[2 * h + 1] = fmaf(-k.zero, sum.y, x[2 * h + 1]) * k.scale;
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x[c] = fmaf(x[c], c % 2 ? factor.y : factor.x, c % 2 ? base.y : base.x);
+    if (p_.softcap > 0.0f) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[c] = soft_cap(x[c], p_.softcap);
+    }
+  }
+
+  __device__ __forceinline__ void mask(float (&x)[4], int token) const {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int r = 2 * t_ + c % 2, key = token + g_ + 8 * (c / 2);
+      if (key < Rows::key_begin()[r] || key >= Rows::key_end()[r]) x[c] = -INFINITY;
+    }
+  }
+
+  // --- one chunk -------------------------------------------------------------------------------------------------------
+
+  // The state of the tokens from `token` on, up to the pass' end.
+  __device__ __forceinline__ void attend_chunk(int token, Outputs& out) {
+    const bool v_dynamic = V::kInteger && p_.v_cache.format.dynamic;
+    float x[kTiles][4];
+    uint32_t v_raw[kTiles][2];  // scale and zero of V, of this thread's tokens
+    const Pass& pass = current().pass;
+    const int num_stages = ceil_div(min(kNarrowBlock, pass.end - token), S::kStageTokens);
+    // A round a time, so that there is little code: a short batch spends its time fetching it. Tiles move up to make room.
+    constexpr int kRound = S::kTogether > 1 ? 2 : 1, kRoundStages = (kRound + kStageTiles - 1) / kStageTiles;
+    static_assert(kRound % kStageTiles == 0, "whole slots");
+    int first = 0;
+#pragma unroll 1
+    for (int stage = 0; stage < kMaxStages; stage += kRoundStages) {
+#pragma unroll
+      for (int at = 0; at + kRound < kTiles; ++at) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) x[at][c] = x[at + kRound][c];
+        v_raw[at][0] = v_raw[at + kRound][0], v_raw[at][1] = v_raw[at + kRound][1];
+      }
+      if (stage % S::kTogether == 0 && stage < num_stages) first = queue_.next(min(num_stages - stage, S::kTogether));
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) {
+        float (&scores)[4] = x[kTiles - kRound + i];
+        uint32_t (&scale)[2] = v_raw[kTiles - kRound + i];
+        const int slot_at = stage + i / kStageTiles;
+        if (slot_at < num_stages) {
+          const uint32_t slot = queue_.slot(first, slot_at % S::kTogether);
+          const int row0 = i % kStageTiles * 64 + 16 * warp_;
+          const int key = token + slot_at * S::kStageTokens + row0;
+          score(slot, row0, scores);
+          const bool whole = token >= pass.whole_begin && token + kNarrowBlock <= pass.whole_end;
+          load_v_scales(slot, row0, key, whole, scale);
+          if (!whole) mask(scores, key);
+        } else {
+          scale[0] = scale[1] = 0;
+          scores[0] = scores[1] = scores[2] = scores[3] = -INFINITY;
+        }
+      }
+    }
+    share_max(x, v_raw, v_dynamic);
+    __syncthreads();
+    weights(x, v_raw, v_dynamic, num_stages * kStageTiles);
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the weights: a C fragment, all rows alike
+    weigh(num_stages, out, sums);
+    float2 total = make_float2(sums[0], sums[1]), zeros = make_float2(0.0f, 0.0f);
+    if (v_dynamic) gather_sums(total, zeros);
+    set_mine(Rows::chunk_total(), total);
+    to_units(out, zeros);
+  }
+
+  // Raw scales of V of tokens key + g and key + g + 8; 0 for tokens that no query sees, whose bytes are anybody's.
+  __device__ __forceinline__ void load_v_scales(uint32_t slot, int row0, int key, bool whole,
+                                                uint32_t (&v_raw)[2]) const {
+    v_raw[0] = v_raw[1] = 0;
+    if constexpr (V::kInteger) {
+      if (!p_.v_cache.format.dynamic) return;
+      const Pass& pass = current().pass;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int k = key + g_ + 8 * h;
+        if (whole || (k >= pass.low && k < pass.high)) {
+          v_raw[h] = load_scale(p_.v_cache.format, slot + S::kVMeta, row0 + g_ + 8 * h);
+        }
+      }
+    }
+  }
+
+  // The warp's maxima, for all warps: of log2(weight * scale of V), up to a constant.
+  __device__ __forceinline__ void share_max(const float (&x)[kTiles][4], const uint32_t (&v_raw)[kTiles][2],
+                                            bool v_dynamic) const {
+    float highest[2] = {-INFINITY, -INFINITY};
+    if (!v_dynamic) {
+#pragma unroll
+      for (int at = 0; at < kTiles; ++at) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) highest[c % 2] = fmaxf(highest[c % 2], x[at][c]);
+      }
+    } else {
+#pragma unroll
+      for (int at = 0; at < kTiles; ++at) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float lift = scale_exponent(v_raw[at][h]);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) highest[j] = fmaxf(highest[j], x[at][2 * h + j] + lift);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        highest[j] = fmaxf(highest[j], __shfl_xor_sync(kFullWarp, highest[j], step));
+      }
+    }
+    if (g_ == 0) set_pair(Rows::warp_max() + warp_ * kNarrowRows, make_float2(highest[0], highest[1]));
+  }
+
+  // The weights go to shared memory.
+  __device__ __forceinline__ void weights(const float (&x)[kTiles][4], const uint32_t (&v_raw)[kTiles][2],
+                                          bool v_dynamic, int num_tiles) const {
+    float2 highest = pair(Rows::warp_max());
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) {
+      const float2 other = pair(Rows::warp_max() + w * kNarrowRows);
+      highest.x = fmaxf(highest.x, other.x);
+      highest.y = fmaxf(highest.y, other.y);
+    }
+    const int2 max = make_int2(round_max(highest.x, kEmpty), round_max(highest.y, kEmpty));
+    set_mine(Rows::chunk_max(), max);
+    const float offset[2] = {max.x == kEmpty ? 0.0f : static_cast<float>(max.x) - V::Math::kBoost,
+                             max.y == kEmpty ? 0.0f : static_cast<float>(max.y) - V::Math::kBoost};
+    const unsigned thread = opaque(threadIdx.x);
+    const int row0 = thread / 32 * 16 + thread % 32 / 4;
+    const auto store = [&](int at, int h, uint32_t packed) {
+      const uint32_t to = shared_base() + S::kWeightAt + (64 * at + row0 + 8 * h) * 16 + 4 * t_;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(packed) : "memory");
+    };
+    if (!v_dynamic) {  // their sum comes with the values'
+#pragma unroll
+      for (int at = 0; at < kTiles; ++at) {
+        if (at >= num_tiles) continue;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          store(at, h, V::Math::pack(exp2_fast(x[at][2 * h] - offset[0]), exp2_fast(x[at][2 * h + 1] - offset[1])));
+        }
+      }
+      return;
+    }
+    if constexpr (V::kInteger) {
+      float total[2] = {0.0f, 0.0f}, taken[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int at = 0; at < kTiles; ++at) {
+        if (at >= num_tiles) continue;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const Scale v = unpack_scale<V>(v_raw[at][h], p_.v_cache.format.stored_zero);
+          // Tokens that no query sees have scale 0 here, and weight 0.
+          const float inverse = reciprocal_fast(fmaxf(v.scale, 0x1p-126f));
+          const uint32_t packed = V::Math::pack(exp2_fast(x[at][2 * h] - offset[0]) * v.scale,
+                                                exp2_fast(x[at][2 * h + 1] - offset[1]) * v.scale);
+          // All sums take the weights as they are rounded, so that they remain weights of a mean.
+          const float2 rounded = V::Math::unpack(packed);
+          total[0] = fmaf(rounded.x, inverse, total[0]);
+          total[1] = fmaf(rounded.y, inverse, total[1]);
+          taken[0] = fmaf(rounded.x, v.zero, taken[0]);
+          taken[1] = fmaf(rounded.y, v.zero, taken[1]);
+          store(at, h, packed);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+          total[j] += __shfl_xor_sync(kFullWarp, total[j], step);
+          taken[j] += __shfl_xor_sync(kFullWarp, taken[j], step);
+        }
+        if (g_ == 0) Rows::warp_sum()[warp_ * kNarrowRows + 2 * t_ + j] = make_float2(total[j], taken[j]);
+      }
+    }
+  }
+
+  // Sums of weights, and of weights times zeros, over the warps.
+  __device__ __forceinline__ void gather_sums(float2& total, float2& zeros) const {
+    total = zeros = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float4 sums = *reinterpret_cast<const float4*>(Rows::warp_sum() + w * kNarrowRows + 2 * t_);
+      total.x += sums.x;
+      zeros.x += sums.y;
+      total.y += sums.z;
+      zeros.y += sums.w;
+    }
+  }
+
+  // Numbers of this thread's two columns; in arrays of all warps, and in this warp's part of [kWarps][kNarrowRows].
+  __device__ __forceinline__ float2 pair(const float* numbers) const {
+    return *reinterpret_cast<const float2*>(numbers + 2 * t_);
+  }
+  __device__ __forceinline__ void set_pair(float* numbers, float2 x) const {
+    *reinterpret_cast<float2*>(numbers + 2 * t_) = x;
+  }
+  __device__ __forceinline__ float2 mine(const float* numbers) const { return pair(numbers + warp_ * kNarrowRows); }
+  __device__ __forceinline__ int2 mine(const int* numbers) const {
+    return *reinterpret_cast<const int2*>(numbers + warp_ * kNarrowRows + 2 * t_);
+  }
+  template <class T, class T2>
+  __device__ __forceinline__ void set_mine(T* numbers, T2 x) const {
+    __syncwarp();
+    if (g_ == 0) *reinterpret_cast<T2*>(numbers + warp_ * kNarrowRows + 2 * t_) = x;
+    __syncwarp();
+  }
+
+  // --- values ----------------------------------------------------------------------------------------------------------
+
+  // out += V^T P^T over a chunk's tokens, for this warp's channels.
+  __device__ __forceinline__ void weigh(int num_stages, Outputs& out, float (&sums)[4]) {
+    constexpr uint32_t kOnes[4] = {V::Math::kOnes, V::Math::kOnes, V::Math::kOnes, V::Math::kOnes};
+    int first = 0;
+#pragma unroll 1
+    for (int stage = 0; stage < num_stages; ++stage) {
+      // The first one is also the barrier behind the weights.
+      if (stage % S::kTogether == 0) first = queue_.next(min(num_stages - stage, S::kTogether));
+      if (warp_ >= kSlices) continue;
+      const uint32_t slot = queue_.slot(first, stage % S::kTogether);
+      const int lane = opaque(lane_);
+      const uint32_t weights = shared_base() + S::kWeightAt + stage * S::kStageTokens * 16;
+#pragma unroll
+      for (int at = 0; at < S::kStageTokens; at += 32) {
+        uint32_t p[4];  // B fragments of two k-steps of 16 tokens
+        load_tiles_transposed(p, weights + at * 16 + lane * 16);
+        uint32_t word[kOwn][2][kVWords][2];
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          V::Math::mma(sums, kOnes, p[2 * step], p[2 * step + 1]);
+#pragma unroll
+          for (int own = 0; own < kOwn; ++own) {
+            load_values<S, V, true>(word[own], step, slot + at * S::kVRow, warp_ + own * kWarps, lane);
+            uint32_t a[2][4];
+            V::v_fragments(word[own][step], a);
+#pragma unroll
+            for (int tile = 0; tile < 2; ++tile) V::Math::mma(out[own][tile], a[tile], p[2 * step], p[2 * step + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // --- results ---------------------------------------------------------------------------------------------------------
+
+  // Calls fn(own, tile, c) for each number of the outputs that a thread has.
+  template <class Fn>
+  __device__ __forceinline__ static void for_fragments(Fn fn) {
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) fn(own, tile, c);
+      }
+    }
+  }
+
+  // Sums in the fragments' units become sums of weight * (code - zero), static zeros excepted.
+  __device__ __forceinline__ static void to_units(Outputs& out, float2 zeros) {
+    if constexpr (V::kInteger) {
+      for_fragments([&](int own, int tile, int c) {
+        out[own][tile][c] = fmaf(out[own][tile][c], V::v_factor(c / 2), c % 2 ? -zeros.y : -zeros.x);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void fold_chunk(Outputs& run, const Outputs& out) const {
+    const int2 run_max = mine(Rows::run_max()), chunk_max = mine(Rows::chunk_max());
+    const float2 total = mine(Rows::run_total()), more = mine(Rows::chunk_total());
+    const Rescale r[2] = {rescale(run_max.x, chunk_max.x), rescale(run_max.y, chunk_max.y)};
+    set_mine(Rows::run_max(), make_int2(r[0].max, r[1].max));
+    set_mine(Rows::run_total(), make_float2(fold(total.x, more.x, r[0]), fold(total.y, more.y, r[1])));
+    for_fragments(
+        [&](int own, int tile, int c) { run[own][tile][c] = fold(run[own][tile][c], out[own][tile][c], r[c % 2]); });
+  }
+
+  // Calls fn(channel, number) for the numbers of this thread's column j.
+  template <class Fn>
+  __device__ __forceinline__ void for_channels(const Outputs& out, int j, Fn fn) const {
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      const int slice = warp_ + own * kWarps;
+      if (slice < kSlices) {
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+          for (int high = 0; high < 2; ++high) {
+            fn(32 * slice + V::v_channel(tile, high, g_), out[own][tile][2 * high + j]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void save(int64_t partial, const int* maxima, const float* totals,
+                                       const Outputs& out) const {
+    const int rows = current().rows;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int r = 2 * t_ + j;
+      if (r >= rows) continue;
+      const PartialAt to = partial_at(p_, partial + Rows::token()[r], Rows::head()[r], D);
+      if (warp_ == 0 && g_ == 0) *to.state = make_float2(__int_as_float(maxima[r]), totals[r] + Rows::bad()[r]);
+      for_channels(out, j, [&](int channel, float x) { to.out[channel] = x; });
+    }
+  }
+
+  __device__ __forceinline__ void write_rows(const Outputs& out) const {
+    const int rows = current().rows, q_row = current().q_row;
+    __syncthreads();  // queries and weights make room
+    float* sums = reinterpret_cast<float*>(shared_memory + S::kOutAt);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      for_channels(out, j, [&](int channel, float x) { sums[(2 * t_ + j) * D + channel] = x; });
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int r = warp_; r < rows; r += kWarps) {
+      finish_staged<S, V, D>(p_, q_row, sums + r * D, r, Rows::run_max()[r], Rows::run_total()[r], lane_);
+    }
+  }
+
+  const AttendParams& p_;
+  Queue<S, K, V, D>& queue_;
+  const int warp_, lane_, g_, t_;
+};
+
+}  // namespace foldkv::cuda

@@ -1,0 +1,438 @@
+// Tiles of 16 query rows: drafts, large groups, prefill. By 64 tokens: S = Q K^T, query rows in rows, in registers from the
+// scores to the weights; then O = P V. A warp has 16 rows, and where a pass has fewer than 64, warps share rows: each scores
+// all keys and sums its own channels. Every number is computed alike however many warps share its row.
+#pragma once
+
+#include "cuda/fragments.cuh"
+#include "cuda/queries.cuh"
+#include "cuda/queue.cuh"
+
+namespace foldkv::cuda {
+
+template <class S, class K, class V, int D, int kRowTiles>
+class Wide {
+  using Rows = typename S::Rows;
+  static constexpr int kSlices = S::kSlices;
+  static constexpr int kSplit = kWarps / kRowTiles;  // warps that share 16 rows
+  static constexpr int kOwn = (kSlices + kSplit - 1) / kSplit;  // slices of a warp: its part, part + kSplit, ...
+  static constexpr int kTiles = kWideBlock / 8;  // of 8 tokens
+  static constexpr int kKWords = K::kBits / 4, kVWords = V::kBits / 4;
+
+ public:
+  __device__ __forceinline__ Wide(const AttendParams& p, Queue<S, K, V, D>& queue) : p_(p), queue_(queue) {}
+
+  __device__ __forceinline__ void run() {
+    const Current& now = current();
+    State run, chunk;
+    clear(run);
+    keep(run, kRun);
+#pragma unroll 1
+    for (int token = now.pass.begin; token < now.pass.end;) {
+      clear(chunk);
+      if constexpr (kSpare) keep(chunk, kChunk);
+#pragma unroll 1
+      do {
+        attend_block(token, chunk);
+        token += kWideBlock;
+      } while (token % kChunkSize != 0 && token < now.pass.end);
+      if constexpr (kSpare) recall(chunk, kChunk);
+      finish_chunk(chunk);
+      if (now.folds) {
+        fold_chunk(run, chunk);
+      } else {
+        save(now.first_partial + ((token - 1) / kChunkSize - now.chunk_begin) * now.q_count, chunk);
+      }
+    }
+    if (!now.folds) return;
+    recall(run, kRun);
+    if (now.first_partial >= 0) {
+      save(now.first_partial, run);
+    } else {
+      write_rows(run);
+    }
+  }
+
+ private:
+  // The softmax state of this thread's rows, row() and row() + 8. Outputs: [slice][tile of 8 channels][C fragment].
+  struct State {
+    int max[2];
+    float total[2], zeros[2];
+    float out[kOwn][4][4];
+  };
+
+  __device__ __forceinline__ static const Current& current() { return Queries<S, K, D>::current(); }
+
+  // Which thread this is, computed where it is needed: registers are scarce.
+  __device__ __forceinline__ static unsigned thread() { return opaque(threadIdx.x); }
+  __device__ __forceinline__ static int row() { return thread() / 32 / kSplit * 16 + thread() % 32 / 4; }
+  __device__ __forceinline__ static int part() { return thread() / 32 % kSplit; }
+  __device__ __forceinline__ static int column() { return thread() % 4 * 2; }  // the first of two
+
+  __device__ __forceinline__ static bool has_slice(int own) {
+    return kSlices % kSplit == 0 || part() + own * kSplit < kSlices;
+  }
+
+  // Calls fn(own, tile, c) for each number of the outputs.
+  template <class Fn>
+  __device__ __forceinline__ static void for_fragments(Fn fn) {
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) fn(own, tile, c);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void clear(State& s) {
+    s.max[0] = s.max[1] = kEmpty;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) s.total[h] = s.zeros[h] = 0.0f;
+    for_fragments([&](int own, int tile, int c) { s.out[own][tile][c] = 0.0f; });
+  }
+
+  // --- one block of tokens ---------------------------------------------------------------------------------------------
+
+  // Adds 64 tokens from `token` on, up to the pass' end, to a chunk's state.
+  __device__ __forceinline__ void attend_block(int token, State& s) {
+    uint32_t weight[kTiles][2];  // two tokens each, of the two rows: A fragments
+    {
+      const Pass& pass = current().pass;
+      const bool whole = token >= pass.whole_begin && token + kWideBlock <= pass.whole_end;
+      const uint32_t slot = queue_.slot(queue_.next(1), 0);
+      float x[kTiles][4];
+      score(slot, x);
+      if (!whole) mask(x, token);
+      if constexpr (kSpare) recall(s, kChunk);
+      weigh_tokens(slot, token, whole, x, weight, s);
+      if constexpr (kSpare) keep(s, kChunk);
+    }
+    add_values(queue_.slot(queue_.next(1), 0), weight, s);
+  }
+
+  // Logits times log2(e) of 64 tokens: x[8 tokens] as C fragments.
+  __device__ __forceinline__ void score(uint32_t slot, float (&x)[kTiles][4]) const {
+    constexpr int kUnits = S::kKRow / 16, kSpan = kRowTiles == 1 ? 1 : kKeySpan<K>;
+    constexpr bool kByTokens = kSpan * kKWords > 1;
+    {
+      const int r = row();
+      const float start[2] = {K::kInteger ? Rows::correction()[r] : 0.0f,
+                              K::kInteger ? Rows::correction()[r + 8] : 0.0f};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        x[n][0] = x[n][1] = start[0];
+        x[n][2] = x[n][3] = start[1];
+      }
+    }
+#pragma unroll
+    for (int slice = 0; slice < kSlices; slice += kSpan) {
+      const int lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane);
+      const uint32_t keys = slot + key_row * S::kKRow;
+      const int swizzle = Swizzle<kUnits>::of(key_row), high = KeyLane<kByTokens>::high(lane);
+      uint32_t q[kSpan][2][4];
+#pragma unroll
+      for (int i = 0; i < kSpan && slice + i < kSlices; ++i) {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const uint4 a = load_shared(shared_base() + S::wide_query(row() / 16, slice + i, step) + lane * 16);
+          q[i][step][0] = a.x, q[i][step][1] = a.y, q[i][step][2] = a.z, q[i][step][3] = a.w;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+        uint32_t word[kSpan][kKWords][2];
+        load_keys<S, K, kByTokens, kSpan>(word, slice, keys + 8 * n * S::kKRow, swizzle, high);
+#pragma unroll
+        for (int i = 0; i < kSpan && slice + i < kSlices; ++i) {
+          uint32_t k[2][4];
+          K::k_fragments(word[i], k);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            K::Math::mma(x[n], q[i][step], k[step][0], k[step][2]);
+            K::Math::mma(x[n + 1], q[i][step], k[step][1], k[step][3]);
+          }
+        }
+      }
+    }
+    if constexpr (K::kInteger) {
+      const Format& format = p_.k_cache.format;
+      if (format.dynamic) {
+        const int r = row();
+        const float sum[2] = {Rows::sum()[r], Rows::sum()[r + 8]};
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const uint2 raw = load_scales(format, slot + S::kKMeta, 8 * n + column());
+          const Scale k[2] = {unpack_scale<K>(raw.x, format.stored_zero), unpack_scale<K>(raw.y, format.stored_zero)};
+#pragma unroll
+          for (int c = 0; c < 4; ++c) x[n][c] = fmaf(-k[c % 2].zero, sum[c / 2], x[n][c]) * k[c % 2].scale;
+        }
+      }
+    }
+    const int r = row();
+    const float factor[2] = {Rows::factor()[r], Rows::factor()[r + 8]},
+                base[2] = {Rows::base()[r], Rows::base()[r + 8]};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[n][c] = fmaf(x[n][c], factor[c / 2], base[c / 2]);
+    }
+    if (p_.softcap > 0.0f) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) x[n][c] = soft_cap(x[n][c], p_.softcap);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void mask(float (&x)[kTiles][4], int token) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row() + 8 * h, first = token + column();
+      const int begin = Rows::key_begin()[r] - first, end = Rows::key_end()[r] - first;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int key = 8 * n + j;
+          if (key < begin || key >= end) x[n][2 * h + j] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Raw scales of V of two tokens from 8 n + 2 t on; 0 for tokens that no query sees, whose bytes are anybody's.
+  __device__ __forceinline__ uint2 v_scales(uint32_t slot, int token, bool whole, int n) const {
+    uint2 raw = load_scales(p_.v_cache.format, slot + S::kVMeta, 8 * n + column());
+    if (!whole) {
+      const Pass& pass = current().pass;
+      const int key = token + 8 * n + column();
+      if (key < pass.low || key >= pass.high) raw.x = 0;
+      if (key + 1 < pass.low || key + 1 >= pass.high) raw.y = 0;
+    }
+    return raw;
+  }
+
+  // Logits become weights; what is there of the chunk is scaled to the new maximum, once it has grown.
+  __device__ __forceinline__ void weigh_tokens(uint32_t slot, int token, bool whole, const float (&x)[kTiles][4],
+                                               uint32_t (&weight)[kTiles][2], State& s) const {
+    const bool v_dynamic = V::kInteger && p_.v_cache.format.dynamic;
+    float highest[2] = {-INFINITY, -INFINITY};
+    if (!v_dynamic) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) highest[c / 2] = fmaxf(highest[c / 2], x[n][c]);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const uint2 raw = v_scales(slot, token, whole, n);
+        const float lift[2] = {scale_exponent(raw.x), scale_exponent(raw.y)};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) highest[c / 2] = fmaxf(highest[c / 2], x[n][c] + lift[c % 2]);
+      }
+    }
+    int max[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      highest[h] = fmaxf(highest[h], __shfl_xor_sync(kFullWarp, highest[h], 1));
+      highest[h] = fmaxf(highest[h], __shfl_xor_sync(kFullWarp, highest[h], 2));
+      max[h] = round_max(highest[h], s.max[h]);
+    }
+    if (__any_sync(kFullWarp, max[0] != s.max[0] || max[1] != s.max[1])) {
+      const float scale[2] = {exp2_integer(s.max[0] - max[0]), exp2_integer(s.max[1] - max[1])};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        s.total[h] *= scale[h];
+        s.zeros[h] *= scale[h];
+      }
+      for_fragments([&](int own, int tile, int c) { s.out[own][tile][c] *= scale[c / 2]; });
+      s.max[0] = max[0], s.max[1] = max[1];
+    }
+    const float offset[2] = {max[0] == kEmpty ? 0.0f : static_cast<float>(max[0]) - V::Math::kBoost,
+                             max[1] == kEmpty ? 0.0f : static_cast<float>(max[1]) - V::Math::kBoost};
+    if (!v_dynamic) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          weight[n][h] = V::Math::pack(exp2_fast(x[n][2 * h] - offset[h]), exp2_fast(x[n][2 * h + 1] - offset[h]));
+        }
+      }
+      // The sum of the weights as they are rounded, so that they remain weights of a mean.
+      float sums[4] = {};
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) V::Math::mma(sums, a_fragment(weight, n), V::Math::kOnes, V::Math::kOnes);
+      s.total[0] += sums[0], s.total[1] += sums[2];
+      return;
+    }
+    if constexpr (V::kInteger) {
+      const bool stored_zero = p_.v_cache.format.stored_zero;
+      float sums[4] = {}, totals[2] = {};
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+        uint32_t zeros[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint2 raw = v_scales(slot, token, whole, n + i);
+          zeros[i] = stored_zero ? __byte_perm(raw.x, raw.y, 0x7632) : V::Math::pack(V::kMid, V::kMid);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float (&logit)[4] = x[n + i];
+            // Tokens that no query sees have scale 0 here, and weight 0.
+            const float a = __uint_as_float(raw.x << 16), b = __uint_as_float(raw.y << 16);
+            weight[n + i][h] =
+                V::Math::pack(exp2_fast(logit[2 * h] - offset[h]) * a, exp2_fast(logit[2 * h + 1] - offset[h]) * b);
+            const float2 rounded = V::Math::unpack(weight[n + i][h]);
+            totals[h] = fmaf(rounded.x, reciprocal_fast(fmaxf(a, 0x1p-126f)), totals[h]);
+            totals[h] = fmaf(rounded.y, reciprocal_fast(fmaxf(b, 0x1p-126f)), totals[h]);
+          }
+        }
+        V::Math::mma(sums, a_fragment(weight, n), zeros[0], zeros[1]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        totals[h] += __shfl_xor_sync(kFullWarp, totals[h], 1);
+        s.total[h] += totals[h] + __shfl_xor_sync(kFullWarp, totals[h], 2);
+        s.zeros[h] += sums[2 * h];
+      }
+    }
+  }
+
+  // Weights of 16 tokens from tile n on.
+  __device__ __forceinline__ static const uint32_t (&a_fragment(const uint32_t (&weight)[kTiles][2], int n))[4] {
+    return reinterpret_cast<const uint32_t (&)[4]>(weight[n]);
+  }
+
+  // out += P V for this warp's channels.
+  __device__ __forceinline__ void add_values(uint32_t slot, const uint32_t (&weight)[kTiles][2], State& s) const {
+    const int lane = thread() % 32;
+#pragma unroll
+    for (int at = 0; at < kWideBlock; at += 32) {
+      uint32_t word[kOwn][2][kVWords][2];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) {
+          if (!has_slice(own)) continue;
+          load_values<S, V, false>(word[own], step, slot + at * S::kVRow, part() + own * kSplit, lane);
+          uint32_t v[2][4];
+          V::v_fragments(word[own][step], v);
+#pragma unroll
+          for (int tile = 0; tile < 2; ++tile) {
+            V::Math::mma(s.out[own][2 * tile], a_fragment(weight, at / 8 + 2 * step), v[tile][0], v[tile][2]);
+            V::Math::mma(s.out[own][2 * tile + 1], a_fragment(weight, at / 8 + 2 * step), v[tile][1], v[tile][3]);
+          }
+        }
+      }
+    }
+  }
+
+  // --- results ---------------------------------------------------------------------------------------------------------
+
+  // Sums in the fragments' units become sums of weight * (code - zero), static zeros excepted.
+  __device__ __forceinline__ void finish_chunk(State& s) const {
+    if constexpr (V::kInteger) {
+      for_fragments([&](int own, int tile, int c) {
+        s.out[own][tile][c] = fmaf(s.out[own][tile][c], V::v_factor(tile % 2), -s.zeros[c / 2]);
+      });
+    }
+  }
+
+  // Maxima and totals wait in shared memory, each warp's its own, [kWarps][16 rows]: of a run of chunks for the next chunk;
+  // where registers are scarce, those of a chunk for the next block.
+  static constexpr bool kSpare = S::kDecode;
+  static constexpr int kChunk = 0, kRun = 4 * kWarps;
+  __device__ __forceinline__ static float2* kept(int which) {
+    static_assert(kWarps * kWideRows * 8 == 4 * kWarps * kNarrowRows * 4, "room for them");
+    float2* all = which == kRun ? Rows::template narrow<float2, kRun>() : Rows::template narrow<float2, kChunk>();
+    return all + thread() / 32 * kWideRows + thread() % 32 / 4;
+  }
+  __device__ __forceinline__ static void keep(const State& s, int which) {
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (column() == 0) kept(which)[8 * h] = make_float2(__int_as_float(s.max[h]), s.total[h]);
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ static void recall(State& s, int which) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 state = kept(which)[8 * h];
+      s.max[h] = __float_as_int(state.x);
+      s.total[h] = state.y;
+    }
+  }
+
+  __device__ __forceinline__ static void fold_chunk(State& run, const State& chunk) {
+    recall(run, kRun);
+    const Rescale r[2] = {rescale(run.max[0], chunk.max[0]), rescale(run.max[1], chunk.max[1])};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      run.max[h] = r[h].max;
+      run.total[h] = fold(run.total[h], chunk.total[h], r[h]);
+    }
+    for_fragments([&](int own, int tile, int c) {
+      run.out[own][tile][c] = fold(run.out[own][tile][c], chunk.out[own][tile][c], r[c / 2]);
+    });
+    keep(run, kRun);
+  }
+
+  // Calls fn(channel, number) for the numbers of row row() + 8 h.
+  template <class Fn>
+  __device__ __forceinline__ void for_channels(const State& s, int h, Fn fn) const {
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      if (!has_slice(own)) continue;
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          fn(32 * (part() + own * kSplit) + V::v_channel(tile / 2, tile % 2, column() + j),
+             s.out[own][tile][2 * h + j]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void save(int64_t partial, const State& s) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row() + 8 * h;
+      if (r >= current().rows) continue;
+      const PartialAt to = partial_at(p_, partial + Rows::token()[r], Rows::head()[r], D);
+      if (part() == 0 && column() == 0) *to.state = make_float2(__int_as_float(s.max[h]), s.total[h] + Rows::bad()[r]);
+      for_channels(s, h, [&](int channel, float x) { to.out[channel] = x; });
+    }
+  }
+
+  // Eight rows of each tile at a time: there is no room for more.
+  __device__ __forceinline__ void write_rows(const State& s) const {
+    const int rows = current().rows, q_row = current().q_row;
+    float* sums = reinterpret_cast<float*>(shared_memory + S::kOutAt);
+    float2* states = Rows::warp_sum();  // which wide tiles have no other use for
+    static_assert(kRowTiles <= 4, "room for the states");
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      __syncthreads();  // queries, or the rows before, make room
+      const int slot = row() / 16 * 8 + row() % 8;
+      for_channels(s, h, [&](int channel, float x) { sums[slot * D + channel] = x; });
+      if (part() == 0 && column() == 0) states[slot] = make_float2(__int_as_float(s.max[h]), s.total[h]);
+      __syncthreads();
+#pragma unroll 1
+      for (int i = threadIdx.x / 32; i < 8 * kRowTiles; i += kWarps) {
+        const int r = i / 8 * 16 + i % 8 + 8 * h;
+        if (r >= rows) continue;
+        finish_staged<S, V, D>(p_, q_row, sums + i * D, r, __float_as_int(states[i].x), states[i].y, thread() % 32);
+      }
+    }
+  }
+
+  const AttendParams& p_;
+  Queue<S, K, V, D>& queue_;
+};
+
+}  // namespace foldkv::cuda
