@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foldkv.engine.memory import parse_bytes
 from quant.errors import ArgumentError, describe
 
 from .candidates import Choice, TensorSize
-
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,10 @@ class Budget:
 
     @classmethod
     def of_memory(cls, memory: str, tokens: int, elements: int) -> Budget:
-        """The budget of `memory` ("4GiB", "500MB", bytes) for a cache of `tokens` tokens of `elements` elements each."""
-        text = memory.strip().lower().removesuffix("b")
-        number = text.rstrip("kmgi")
-        try:
-            size = float(number) * _BYTES[text[len(number) :]]
-        except (KeyError, ValueError):
-            raise ArgumentError(describe("memory", "bytes, or a number with kB, MiB, GB, ...", repr(memory))) from None
+        """The budget of `memory` ("4GiB", "500MB") for a cache of `tokens` tokens of `elements` elements each."""
         if tokens < 1:
             raise ArgumentError(describe("tokens of a memory budget", "at least 1", str(tokens)))
-        return cls(bits=8 * size / (tokens * elements))
+        return cls(bits=8 * parse_bytes(memory) / (tokens * elements))
 
     def __str__(self) -> str:
         return f"{self.bits:.4g} bits" if self.bits is not None else f"KLD {self.kld:.2g}"
