@@ -17,7 +17,7 @@ from foldkv.auto.candidates import Choice, TensorSize, mode_text
 from foldkv.auto.search import Budget, frontier, within
 from foldkv.hf import load_model
 from quant.scales import KVScales
-from quant.spec import MODES, Format, KVSpec, LayerSpecs, parse_modes
+from quant.spec import MODES, Format, KVSpec, parse_modes
 
 MODE_NAMES = ("c8", "c8d", "k8v4", "c4r", "c4", "c4s")
 
@@ -59,13 +59,15 @@ def main() -> None:
     model, tokenizer = load_model(arguments.model, "float32")
     scales = KVScales.load(arguments.scales, model.config)
     count = len(scales.layers)
-    parts: dict[str, dict[str, str | KVSpec | LayerSpecs]] = {
-        "modes": {name: name for name in MODE_NAMES},
-        "plans": {f"plan, {bits} bits": plan_text(scales, float(bits)) for bits in arguments.budgets.split(",")},
-        "controls": {name: replace(spec, name=name) for name, spec in controls().items()},
-    }
-    wanted = [arguments.only] if arguments.only else list(parts)
-    named = {name: parse_modes(mode, count) for part in wanted for name, mode in parts[part].items()}
+    wanted = [arguments.only] if arguments.only else ["modes", "plans", "controls"]
+    modes: dict[str, str | KVSpec] = {}
+    if "modes" in wanted:
+        modes |= {name: name for name in MODE_NAMES}
+    if "plans" in wanted:
+        modes |= {f"plan, {bits} bits": plan_text(scales, float(bits)) for bits in arguments.budgets.split(",")}
+    if "controls" in wanted:
+        modes |= {name: replace(spec, name=name) for name, spec in controls().items()}
+    named = {name: parse_modes(mode, count) for name, mode in modes.items()}
     report = accuracy_report(
         model, list(named.values()), arguments.data, tokenizer=tokenizer, scales=scales,
         num_windows=arguments.windows, window_len=arguments.window_len, decode_windows=0,
