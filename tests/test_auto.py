@@ -184,6 +184,8 @@ def test_the_plan_travels_with_the_scales(tmp_path: Path, hard: tuple[Any, KVSca
         model, ["auto"], tokens(2, 48, seed=9), scales=back, num_windows=2, window_len=48, decode_windows=0
     )
     assert report.data["modes"]["auto"]["bits_per_element"] == pytest.approx(back.config["plan"]["bits"])
+    with pytest.raises(ArgumentError, match="estimator of a plan: expected minmax, got 'mse'"):
+        calibrate_auto(model, tokens(14, 64), estimator="mse")
     plain = calibrate(model, tokens(8, 64), num_samples=8, max_seq_len=64)
     with pytest.raises(ArgumentError, match="mode 'auto': expected scales with a plan"):
         swap_kv_cache(model, "auto", plain)

@@ -203,6 +203,9 @@ def calibrate_auto(
     budget: default 4.5 bits. windows, held_out, window_len: how much text the costs are measured on and the maps are
     compared on. options, and all the rest: see `calib.calibrate`.
     """
+    if estimator != DEFAULT:
+        fix = "the costs of a plan are measured with it"
+        raise ArgumentError(describe("estimator of a plan", DEFAULT, repr(estimator), fix))
     budget = budget or Budget(bits=4.5)
     samples = num_samples if num_samples is not None else NUM_OWN_SAMPLES if data is None else NUM_SAMPLES
     seq_len = default_seq_len(model, max_seq_len)
@@ -216,7 +219,7 @@ def calibrate_auto(
         model, data, tokenizer, samples + rows, seq_len, seed=seed, text_column=text_column, progress=progress
     )
     scales = calib.calibrate(
-        model, text.tokens[:samples], mode="c8", estimator=estimator, num_samples=samples, max_seq_len=seq_len,
+        model, text.tokens[:samples], mode="c8", num_samples=samples, max_seq_len=seq_len,
         seed=seed, progress=progress, **options,
     )  # fmt: skip
     rest = text.tokens[samples:, : per_row * window_len].reshape(-1, window_len)
