@@ -1,6 +1,6 @@
 """Estimators: which range of values a static scale shall cover, by name.
 
-`estimate` applies one. minmax, absmax, percentile and bias read statistics; the others search a factor of the calibrated
+`estimate` applies one. minmax, absmax and percentile read statistics; the others search a factor of the calibrated
 range for the least loss on tokens (mse, head_room) or on whole sequences with their real queries (softmax_kl,
 attention_output).
 """
