@@ -111,7 +111,7 @@ def test_costs_are_those_of_each_tensor_alone(hard: tuple[Any, KVScales]) -> Non
         model, {"x": LayerSpecs(parse_modes("c16", 3).default, {1: parse_modes("c16/c4r", 3).default})}, scales, text
     )
     assert costs["1.v.c4r"] == pytest.approx(again["x"]["kld_mean"], rel=1e-6)
-    assert costs["0.k.c4"] > costs["0.k.c8"] > 0
+    assert costs["0.k.c4s"] > costs["0.k.c8"] > 0
 
 
 def test_the_plan_is_the_best_map_within_the_budget(hard: tuple[Any, KVScales]) -> None:
@@ -184,8 +184,11 @@ def test_the_plan_travels_with_the_scales(tmp_path: Path, hard: tuple[Any, KVSca
         model, ["auto"], tokens(2, 48, seed=9), scales=back, num_windows=2, window_len=48, decode_windows=0
     )
     assert report.data["modes"]["auto"]["bits_per_element"] == pytest.approx(back.config["plan"]["bits"])
-    with pytest.raises(ArgumentError, match="estimator of a plan: expected minmax, got 'mse'"):
-        calibrate_auto(model, tokens(14, 64), estimator="mse")
+    with pytest.raises(ArgumentError, match="estimator of a plan: expected one that reads text, got 'bias'"):
+        calibrate_auto(model, tokens(14, 64), estimator="bias")
+    static = back[0].v.static
+    assert static is not None and static.fmt == "int4.channel.asym"
+    assert back.config["estimator"] == "percentile/attention_output"
     plain = calibrate(model, tokens(8, 64), num_samples=8, max_seq_len=64)
     with pytest.raises(ArgumentError, match="mode 'auto': expected scales with a plan"):
         swap_kv_cache(model, "auto", plain)

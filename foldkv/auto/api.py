@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import calib
-from calib.api import NUM_OWN_SAMPLES, NUM_SAMPLES, attach_static, default_seq_len, text_windows
-from calib.estimators import DEFAULT, parse_estimators
+from calib.api import DATA_FREE, NUM_OWN_SAMPLES, NUM_SAMPLES, default_seq_len, text_windows
 from quant.errors import ArgumentError, describe
 from quant.scales import KVScales
 from quant.spec import LayerSpecs, parse_modes
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 WINDOWS, HELD_OUT, WINDOW_LEN = 4, 6, 512
 """Windows that costs are measured on, windows that the maps are compared on, tokens of each."""
 _TRIES = 4
+ESTIMATOR = "percentile/attention_output"
+"""What serves static 4-bit formats best (docs/accuracy.md)."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,7 @@ def _first_plans(options: Any, solutions: list[Solution], budget: Budget) -> dic
     """The knapsack's map, and the same without static 4-bit formats, whose costs vary most from text to text."""
     found = {"auto": within(solutions, budget)}
     sturdy = [
-        (size, {choice: cost for choice, cost in costs.items() if choice.mode not in ("c4", "c4s")})
-        for size, costs in options
+        (size, {choice: cost for choice, cost in costs.items() if choice.mode != "c4s"}) for size, costs in options
     ]
     try:
         found["auto, dynamic"] = within(frontier(sturdy), budget)
@@ -187,7 +187,7 @@ def calibrate_auto(
     *,
     tokenizer: Any = None,
     budget: Budget | None = None,
-    estimator: str = DEFAULT,
+    estimator: str = ESTIMATOR,
     num_samples: int | None = None,
     max_seq_len: int | None = None,
     seed: int = 0,
@@ -200,12 +200,12 @@ def calibrate_auto(
 ) -> KVScales:
     """`calib.calibrate`, then `choose_plan` on the text behind the calibration's; the plan is `KVScales.plan`.
 
-    budget: default 4.5 bits. windows, held_out, window_len: how much text the costs are measured on and the maps are
-    compared on. options, and all the rest: see `calib.calibrate`.
+    budget: default 4.5 bits. estimator: of the ranges of static 4-bit formats, which cost most. windows, held_out,
+    window_len: how much text the costs are measured on and the maps are compared on. options, and all the rest: see
+    `calib.calibrate`.
     """
-    if estimator != DEFAULT:
-        fix = "the costs of a plan are measured with it"
-        raise ArgumentError(describe("estimator of a plan", DEFAULT, repr(estimator), fix))
+    if estimator == DATA_FREE:
+        raise ArgumentError(describe("estimator of a plan", "one that reads text", repr(estimator)))
     budget = budget or Budget(bits=4.5)
     samples = num_samples if num_samples is not None else NUM_OWN_SAMPLES if data is None else NUM_SAMPLES
     seq_len = default_seq_len(model, max_seq_len)
@@ -219,15 +219,11 @@ def calibrate_auto(
         model, data, tokenizer, samples + rows, seq_len, seed=seed, text_column=text_column, progress=progress
     )
     scales = calib.calibrate(
-        model, text.tokens[:samples], mode="c8", num_samples=samples, max_seq_len=seq_len,
+        model, text.tokens[:samples], mode="c4s", estimator=estimator, num_samples=samples, max_seq_len=seq_len,
         seed=seed, progress=progress, **options,
     )  # fmt: skip
     rest = text.tokens[samples:, : per_row * window_len].reshape(-1, window_len)
     chosen = choose_plan(model, scales, rest[:windows], rest[windows : windows + held_out], budget, progress=progress)
-    specs = parse_modes(chosen.mode, len(scales.layers), float_codec(model))
-    for idx, layer in enumerate(scales.layers):
-        if layer is not None:
-            attach_static(layer, specs[idx], parse_estimators(DEFAULT), None)
     scales.config["data"]["source"] = text.source
     scales.config |= {"mode": chosen.mode, "plan": chosen.to_json()}
     return scales

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quant.spec import KVSpec, LayerSpecs, resolve_mode
 
-K_MODES = ("c4", "c4r", "c4d", "c8", "c8d", "c16")
+K_MODES = ("c4s", "c4r", "c4d", "c8", "c8d", "c16")
 V_MODES = ("c4s", "c4r", "c4d", "c8", "c8d", "c16")
 """By the mode whose K, or V, format is meant: static, or dynamic with and without rotation. 16 bits cost nothing."""
 EXACT = "c16"

@@ -41,8 +41,8 @@ def calibrate(
     memory: Annotated[str | None, typer.Option(help="auto: bytes for the cache, as 8GiB, of --tokens tokens.")] = None,
     tokens: Annotated[int, typer.Option(help="auto: tokens that --memory shall hold.")] = 131072,
     estimator: Annotated[
-        str, typer.Option(help="Ranges of static scales: minmax, absmax, percentile, mse, softmax_kl (K), ....")
-    ] = "minmax",
+        str | None, typer.Option(help="Ranges of static scales, NAME or K/V: minmax (default), percentile, mse, ...")
+    ] = None,
     num_samples: Annotated[
         int | None, typer.Option(help="Windows of text; default 64, or 16 where the model writes them.")
     ] = None,
@@ -86,7 +86,8 @@ def calibrate(
     else:
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     options: dict[str, Any] = {
-        "tokenizer": tokenizer, "estimator": estimator, "num_samples": num_samples, "max_seq_len": max_seq_len,
+        "tokenizer": tokenizer, **({} if estimator is None else {"estimator": estimator}),
+        "num_samples": num_samples, "max_seq_len": max_seq_len,
         "max_position": max_position, "batch_size": batch_size, "seed": seed, "text_column": text_column,
         "compare": compare, **({"gather": streamed.collect} if streamed is not None else {}),
     }  # fmt: skip
