@@ -211,7 +211,7 @@ def test_calibrate_mode_auto(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     for word in ("KLD of each choice alone", "maps on held-out text", "within 7 bits", "c4r, ends c8", "int4"):
         assert word in done.stdout, word
-    assert "drift from 16 samples to all: K ranges" not in done.stderr or "outside" in done.stderr
+    assert "drift from 16 samples to all: K ranges" in done.stderr
     shown = run("inspect", checkpoint)
     assert shown.exit_code == 0 and "maps on held-out text" in shown.stdout
     model, _ = load_model(checkpoint)
