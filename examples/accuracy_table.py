@@ -14,7 +14,7 @@ from pathlib import Path
 
 from foldkv.accuracy import accuracy_report
 from foldkv.auto.candidates import Choice, TensorSize, mode_text
-from foldkv.auto.search import Budget, frontier, within
+from foldkv.auto.search import Budget, frontier, within, without_chance
 from foldkv.hf import load_model
 from quant.scales import KVScales
 from quant.spec import MODES, Format, KVSpec, parse_modes
@@ -43,7 +43,7 @@ def plan_text(scales: KVScales, bits: float) -> str:
         stats = getattr(scales[row["layer"]], row["tensor"])
         size = TensorSize(row["layer"], row["tensor"], stats.h_kv * stats.head_dim, stats.head_dim)
         options.append((size, {Choice(size.layer, size.tensor, mode): cost for mode, cost in row["cost"].items()}))
-    return mode_text(within(frontier(options), Budget(bits=bits)).modes)
+    return mode_text(within(frontier(without_chance(options)), Budget(bits=bits)).modes)
 
 
 def main() -> None:

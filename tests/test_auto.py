@@ -16,7 +16,7 @@ from calib import calibrate
 from foldkv.accuracy import accuracy_report
 from foldkv.auto import Budget, calibrate_auto, choose_plan
 from foldkv.auto.candidates import UNIFORM, Choice, TensorSize, bits_of, choices, mode_text, sizes
-from foldkv.auto.search import frontier, within
+from foldkv.auto.search import CLEARLY, frontier, within, without_chance
 from foldkv.auto.sensitivity import measure, sensitivities
 from foldkv.cli.main import app
 from foldkv.hf import load_model, swap_kv_cache
@@ -61,6 +61,16 @@ def test_the_knapsack_is_exact(seed: int) -> None:
         assert best.bits == pytest.approx(min(used for used, cost in every if cost <= kld + 1e-12))
     with pytest.raises(ArgumentError, match="budget: expected at least 4 bits per element, got 3.9"):
         within(solutions, Budget(bits=3.9))
+
+
+def test_a_lucky_unrotated_format_is_not_offered() -> None:
+    """Only one that is clearly better than the rotated format of the same bits stays."""
+    size = TensorSize(0, "k", 32, 64)
+    costs = {choice: {"c4r": 1.0, "c4d": 0.9}.get(choice.mode, 0.0) for choice in choices(size)}
+    clear = {choice: (CLEARLY - 0.01) if choice.mode == "c4d" else cost for choice, cost in costs.items()}
+    (_, chance), (_, better) = without_chance([(size, costs), (size, clear)])
+    assert {choice.mode for choice in costs} - {choice.mode for choice in chance} == {"c4d"}
+    assert better == clear
 
 
 def test_budgets() -> None:

@@ -15,7 +15,7 @@ from quant.scales import KVScales
 from quant.spec import LayerSpecs, parse_modes
 
 from .candidates import UNIFORM, bits_of, exempt_maps, mode_text, sizes
-from .search import Budget, Solution, frontier, within
+from .search import Budget, Solution, frontier, within, without_chance
 from .sensitivity import Figures, Progress, float_codec, measure, sensitivities
 
 if TYPE_CHECKING:
@@ -69,11 +69,12 @@ def choose_plan(
     shapes = {idx: (layer.k.h_kv, layer.k.head_dim) for idx, layer in enumerate(scales.layers) if layer is not None}
     skip = ("c8d",) if budget.bits is not None and budget.bits < 6 else ()
     options = sensitivities(model, sizes(shapes), scales, tokens, skip=skip, progress=progress)
-    solutions = frontier(options)
+    offered = without_chance(options)
+    solutions = frontier(offered)
     codec, count = float_codec(model), len(scales.layers)
     specs: dict[str, LayerSpecs] = {}
     texts = {name: name for name in UNIFORM} | exempt_maps(sorted(shapes))
-    found = _first_plans(options, solutions, budget)
+    found = _first_plans(offered, solutions, budget)
     texts |= {name: mode_text(solution.modes) for name, solution in found.items()}
     specs = {name: parse_modes(text, count, codec) for name, text in texts.items()}
     figures = measure(model, specs, scales, held_out, what="comparing maps", progress=progress)

@@ -52,6 +52,27 @@ class Solution:
         return {layer: f"{by_place[layer, 'k']}/{by_place[layer, 'v']}" for layer, tensor in by_place if tensor == "k"}
 
 
+CLEARLY = 0.8
+"""An unrotated format is offered where it costs less than this part of the rotated one of the same bits."""
+
+
+def without_chance(
+    options: Sequence[tuple[TensorSize, Mapping[Choice, float]]],
+) -> list[tuple[TensorSize, dict[Choice, float]]]:
+    """The options without unrotated formats that are not clearly better than rotated ones of as many bits.
+
+    Costs are known to about 10 %: with two formats much alike, the least measured cost would pick the luckier one.
+    """
+    kept = []
+    for size, costs in options:
+        rotated = next((cost for choice, cost in costs.items() if choice.mode == "c4r"), None)
+        kept.append((size, {
+            choice: cost for choice, cost in costs.items()
+            if choice.mode != "c4d" or rotated is None or cost < CLEARLY * rotated
+        }))  # fmt: skip
+    return kept
+
+
 def frontier(options: Sequence[tuple[TensorSize, Mapping[Choice, float]]]) -> list[Solution]:
     """Every map that no other beats in both bits and cost, fewest bits first.
 
