@@ -59,7 +59,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "AccuracyReport", "Budget", "Engine", "FoldCache", "FoldkvError", "Format", "KVScales", "KVSpec", "KVSwap", "LayerSpecs", "MODES",
-    "PagedKVCache", "SamplingParams", "__version__", "accuracy_report", "calibrate", "calibrate_auto", "explain", "load_model",
-    "swap_kv_cache",
+    "AccuracyReport", "Budget", "Engine", "FoldCache", "FoldkvError", "Format", "KVScales", "KVSpec", "KVSwap", "LayerSpecs",
+    "MODES", "PagedKVCache", "SamplingParams", "__version__", "accuracy_report", "calibrate", "calibrate_auto", "explain",
+    "load_model", "swap_kv_cache",
 ]  # fmt: skip
