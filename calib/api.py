@@ -13,17 +13,25 @@ from quant.errors import ArgumentError, CalibrationError, describe
 from quant.scales import KVScales, LayerStats, model_facts, model_hash
 from quant.spec import KVSpec, LayerSpecs, parse_modes
 
-from .collect import check_model, collect, eval_mode, text_config
+from .collect import Snapshot, check_model, collect, eval_mode, text_config
 from .data import Data, Windows, load_windows, write_windows
-from .derive import static_scale
+from .data_free import bias_stats
+from .drift import drift, to_json
+from .estimators import DEFAULT, Estimator, Target, estimate, parse_estimators
 from .provenance import now, versions, weight_index_hash
+from .sequences import LayerSequences, SequenceSample
 
 # Of given text; a model that writes its own text takes a step per token, so it writes less.
 NUM_SAMPLES = 64
 NUM_OWN_SAMPLES = 16
 MAX_SEQ_LEN = 1024
+# What the first so many samples say is held against what all of them say.
+EARLY_SAMPLES = 16
 # Fewer tokens than this cannot show a range.
 MIN_TOKENS = 16
+
+# The estimator that reads no text.
+DATA_FREE = "bias"
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,29 +42,39 @@ def calibrate(
     *,
     tokenizer: Any = None,
     mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec] = "c8",
+    estimator: str = DEFAULT,
     num_samples: int | None = None,
     max_seq_len: int | None = None,
     max_position: int | None = None,
     batch_size: int = 4,
     seed: int = 0,
     text_column: str = "text",
+    compare: Data | None = None,
+    gather: Callable[..., list[LayerStats | None]] = collect,
     progress: Progress | None = None,
 ) -> KVScales:
     """Run text through `model` once and return the statistics and static scales of its K and V.
 
-    data: a `.txt` or `.jsonl` path, strings, token ids `[n]` or `[rows, len]`, or None: the model writes its own text.
+    data: a file or hub data set (see `calib.documents`), strings, token ids `[n]` or `[rows, len]`, or
+        None: the model writes its own text.
     tokenizer: the model's; needed for text. mode: whose static scales are stored; the statistics serve any other too.
+    estimator: how the ranges of static scales are chosen: a name of `calib.estimators.ESTIMATORS`, or `K/V` of two;
+        "bias" reads no text: see `calib.data_free`.
     num_samples, max_seq_len: windows and their tokens; default 64 (16 where the model writes) of 1024, or of the
         model's maximum if that is less. batch_size: windows per forward.
     max_position: positions that the scales shall hold for; default max_seq_len. Windows are spread over them by
         shifting their position ids: RoPE attention sees differences alone, so this costs nothing, where K ranges that
         are known up to 1024 are wrong at 2048. The wider ranges cost some accuracy on short text.
+    compare: another corpus, of which as much is read, to say how far its statistics lie from those of `data`.
+    gather: what runs the text through the model: `collect`, or that of a `calib.stream.StreamedCheckpoint`.
     progress: called with (what is being done, steps done, steps in all).
+
+    `config["data"]["drift"]` has the drift between the first 16 samples and all, and between the corpora.
     Errors: UnsupportedModelError, ArgumentError, CalibrationError (bad data; dead or non-finite heads, named).
     """
     check_model(model)
     samples = num_samples if num_samples is not None else NUM_OWN_SAMPLES if data is None else NUM_SAMPLES
-    seq_len = _seq_len(model, max_seq_len)
+    seq_len = default_seq_len(model, max_seq_len)
     positions = _max_position(model, seq_len, max_position)
     for name, value in (("num_samples", samples), ("max_seq_len", seq_len), ("batch_size", batch_size)):
         if value < 1:
@@ -66,18 +84,55 @@ def calibrate(
         raise CalibrationError(describe("calibration", wanted, f"{samples} x {seq_len}", "ask for more samples"))
     float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
     specs = parse_modes(mode, text_config(model).num_hidden_layers, float_codec)
+    if estimator == DATA_FREE:
+        layers = bias_stats(model, positions)
+        for idx, layer in enumerate(layers):
+            if layer is not None:
+                attach_static(layer, specs[idx], parse_estimators(DEFAULT), None)
+        facts = {"source": "none, the weights alone", "max_position": positions}
+        return KVScales(layers, origin(model, specs, estimator, facts))
+    estimators = parse_estimators(estimator)
+    whole = any(found.needs == "sequences" for found in estimators)
+    sequences = SequenceSample.spread(samples) if whole else None
 
     windows = text_windows(
         model, data, tokenizer, samples, seq_len, seed=seed, text_column=text_column, progress=progress
     )
     batches = _batches(windows.tokens, batch_size, positions)
-    layers = collect(model, batches, seed=seed, on_batch=_report(progress, "calibrating", samples))
+    snapshot = Snapshot(EARLY_SAMPLES)
+    layers = gather(
+        model, batches, seed=seed, sequences=sequences, snapshot=snapshot,
+        on_batch=_report(progress, "calibrating", samples),
+    )  # fmt: skip
     for idx, layer in enumerate(layers):
         if layer is not None:
-            _attach_static(layer, specs[idx])
-    config = {
+            attach_static(layer, specs[idx], estimators, sequences.layers.get(idx) if sequences else None)
+    drifts: dict[str, Any] = {}
+    if snapshot.layers and snapshot.sequences < samples:
+        drifts["samples"] = {"first": snapshot.sequences, **to_json(drift(snapshot.layers, layers))}
+    if compare is not None:
+        others = text_windows(
+            model, compare, tokenizer, samples, seq_len, seed=seed, text_column=text_column, progress=progress
+        )
+        batches = _batches(others.tokens, batch_size, positions)
+        second = gather(model, batches, seed=seed, on_batch=_report(progress, "comparing corpora", samples))
+        drifts["corpora"] = {"source": others.source, "sha256": others.sha256(), **to_json(drift(layers, second))}
+    facts = {
+        "source": windows.source,
+        "sha256": windows.sha256(),
+        "num_samples": samples,
+        "max_seq_len": seq_len,
+        "max_position": positions,
+        "seed": seed,
+    } | ({"drift": drifts} if drifts else {})
+    return KVScales(layers, origin(model, specs, estimator, facts))
+
+
+def origin(model: PreTrainedModel, specs: LayerSpecs, estimator: str, data: dict[str, Any]) -> dict[str, Any]:
+    """What `kv_cache_config.json` says of mode, model, data and versions."""
+    return {
         "mode": specs.name,
-        "estimator": "minmax",
+        "estimator": estimator,
         "model": {
             "name": str(model.config.name_or_path).rstrip("/").rpartition("/")[2],
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -85,18 +140,10 @@ def calibrate(
             "config_hash": model_hash(model.config),
             "weight_index_hash": weight_index_hash(model.config.name_or_path or ""),
         },
-        "data": {
-            "source": windows.source,
-            "sha256": windows.sha256(),
-            "num_samples": samples,
-            "max_seq_len": seq_len,
-            "max_position": positions,
-            "seed": seed,
-        },
+        "data": data,
         "versions": versions(),
         "date": now(),
     }
-    return KVScales(layers, config)
 
 
 def text_windows(
@@ -130,14 +177,16 @@ def _batches(tokens: Tensor, batch_size: int, max_position: int) -> Iterator[dic
         yield {"input_ids": ids, "position_ids": places} if room else {"input_ids": ids}
 
 
-def _attach_static(layer: LayerStats, spec: KVSpec) -> None:
-    """Store the scales of `spec`'s static formats with the statistics they follow from."""
-    for stats, fmt in ((layer.k, spec.k), (layer.v, spec.v)):
+def attach_static(
+    layer: LayerStats, spec: KVSpec, estimators: tuple[Estimator, Estimator], sequences: LayerSequences | None
+) -> None:
+    """Store the scales of `spec`'s static formats with the statistics they follow from. estimators: of K and of V."""
+    for stats, fmt, found in ((layer.k, spec.k, estimators[0]), (layer.v, spec.v, estimators[1])):
         if fmt.is_static:
-            stats.static = static_scale(stats, fmt)
+            stats.static = estimate(found, Target(stats, fmt, sequences))
 
 
-def _seq_len(model: PreTrainedModel, asked: int | None) -> int:
+def default_seq_len(model: PreTrainedModel, asked: int | None) -> int:
     limit = getattr(text_config(model), "max_position_embeddings", None)
     if asked is None:
         return min(MAX_SEQ_LEN, limit or MAX_SEQ_LEN)

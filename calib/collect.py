@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from quant.errors import ArgumentError, CalibrationError, UnsupportedModelError,
 from quant.scales import LayerStats
 
 from .observers import LayerObserver, TokenSample
+from .sequences import SequenceSample
 
 OBSERVE = "foldkv_observe"
 SAMPLE_TOKENS = 4096
@@ -26,12 +28,22 @@ _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
 Batch = Tensor | Mapping[str, Tensor]
 
 
+@dataclass
+class Snapshot:
+    """Statistics after the first `sequences` sequences (afterwards: as many as there were at the end of their batch)."""
+
+    sequences: int
+    layers: list[LayerStats | None] = field(default_factory=list)
+
+
 def collect(
     model: PreTrainedModel,
     batches: Iterable[Batch],
     *,
     seed: int = 0,
     sample_tokens: int = SAMPLE_TOKENS,
+    sequences: SequenceSample | None = None,
+    snapshot: Snapshot | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[LayerStats | None]:
     """Statistics of every layer's K and V over `batches`; None for layers without a cache of their own.
@@ -41,28 +53,32 @@ def collect(
     batches: token ids int64 `[batch, seq]`, or a mapping with `input_ids` and perhaps `attention_mask` and
         `position_ids`, all `[batch, seq]`; tokens whose mask is 0, left or right, are not counted.
     seed, sample_tokens: percentiles come from a uniform sample of that many tokens, drawn with that seed.
+    sequences: takes the q, k and v of the whole sequences that it wants, those without padding.
+    snapshot: gets the statistics of the first sequences.
     on_batch: called with the number of sequences done, after each batch.
     Errors: UnsupportedModelError; CalibrationError naming layer and head for non-finite or dead heads, and for layers
     that saw no token.
     """
     expected = check_model(model)
-    collector = _Collector(model, TokenSample(sample_tokens, seed))
-    sequences = 0
+    collector = Collector(model, TokenSample(sample_tokens, seed), sequences)
+    done = 0
     with collector.attached(), torch.no_grad():
         for batch in batches:
-            sequences += collector.forward(batch)
+            if sequences is not None:
+                sequences.advance(done, len(batch if isinstance(batch, Tensor) else batch["input_ids"]))
+            done += collector.forward(batch)
+            if snapshot is not None and not snapshot.layers and done >= snapshot.sequences:
+                snapshot.layers, snapshot.sequences = collector.finish(), done
             if on_batch is not None:
-                on_batch(sequences)
+                on_batch(done)
     if not collector.layers:
-        fix = "give text" if sequences == 0 else "none of its attention went through AttentionInterface"
+        fix = "give text" if done == 0 else "none of its attention went through AttentionInterface"
         raise CalibrationError(describe("calibration", "at least one observed token", "none", fix))
     unseen = sorted(expected - collector.layers.keys())
     if unseen:
         fix = "its attention did not go through AttentionInterface"
         raise CalibrationError(describe(f"layer {unseen[0]}", "observed tokens", "none", fix))
-    num_layers = max(len(_layer_types(model)), max(collector.layers) + 1)
-    found = (collector.layers.get(idx) for idx in range(num_layers))
-    return [None if layer is None else layer.finish() for layer in found]
+    return collector.finish()
 
 
 def check_model(model: Any) -> set[int]:
@@ -106,13 +122,14 @@ def _layer_types(model: PreTrainedModel) -> list[str]:
     return list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
 
 
-class _Collector:
+class Collector:
     """The observers of one pass, fed by the registered attention function."""
 
-    def __init__(self, model: PreTrainedModel, sample: TokenSample) -> None:
+    def __init__(self, model: PreTrainedModel, sample: TokenSample, sequences: SequenceSample | None) -> None:
         self.layers: dict[int, LayerObserver] = {}
         self._model = model
         self._sample = sample
+        self._sequences = sequences
         self._stock = text_config(model)._attn_implementation or "eager"
         self._seq_len = 0
         self._counted: Tensor | None = None
@@ -154,8 +171,17 @@ class _Collector:
             layer.check_finite()
         return len(ids)
 
-    def observe(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Take in post-RoPE q `[batch, h_q, seq, d]`, k and v `[batch, h_kv, seq, d]` of one layer."""
+    def finish(self) -> list[LayerStats | None]:
+        """The statistics so far, one entry a layer; CalibrationError naming layer and head for a dead head."""
+        num_layers = max(len(_layer_types(self._model)), max(self.layers) + 1)
+        found = (self.layers.get(idx) for idx in range(num_layers))
+        return [None if layer is None else layer.finish() for layer in found]
+
+    def observe(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> None:
+        """Take in post-RoPE q `[batch, h_q, seq, d]`, k and v `[batch, h_kv, seq, d]` of one layer.
+
+        options: what the attention function was called with beside them.
+        """
         idx = getattr(module, "layer_idx", None)
         if idx is None:
             raise UnsupportedModelError(describe(type(module).__name__, "an attribute layer_idx", "none"))
@@ -164,6 +190,8 @@ class _Collector:
         if k.shape != v.shape or q.shape[-1] != k.shape[-1] or k.shape[2] != self._seq_len:
             shapes = ", ".join(str(tuple(part.shape)) for part in (q, k, v))
             raise UnsupportedModelError(describe(f"layer {idx} q, k, v", "one head_dim and every token", shapes))
+        if self._sequences is not None and self._counted is None:
+            self._sequences.update(idx, q, k, v, options.get("scaling"), options.get("sliding_window"))
         q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
         if self._counted is not None:
             counted = self._counted.to(k.device)
@@ -184,13 +212,13 @@ class _Collector:
         return ALL_ATTENTION_FUNCTIONS[self._stock]
 
 
-_active: ContextVar[_Collector] = ContextVar("foldkv_collector")
+_active: ContextVar[Collector] = ContextVar("foldkv_collector")
 
 
 def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The registered attention function: look at q, k and v, then attend as the model would have."""
     collector = _active.get()
-    collector.observe(module, query, key, value)
+    collector.observe(module, query, key, value, kwargs)
     return collector.attention_function(module)(module, query, key, value, *args, **kwargs)
 
 

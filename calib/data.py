@@ -1,9 +1,8 @@
-"""Calibration text: files, strings, token tensors, or text that the model writes itself, as windows of tokens."""
+"""Calibration text as windows of tokens: documents, strings, token tensors, or text that the model writes itself."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quant.errors import ArgumentError, CalibrationError, describe
+
+from .documents import open_documents
 
 Data = str | Path | Iterable[str] | Tensor
 # A long text goes to the tokenizer in pieces of about this many characters, cut at line ends.
@@ -41,8 +42,8 @@ class Windows:
 def load_windows(data: Data, tokenizer: Any, num_samples: int, seq_len: int, *, text_column: str = "text") -> Windows:
     """Pack `data` into `num_samples` windows of `seq_len` tokens.
 
-    data: a `.txt` file (one document), a `.jsonl` file (a document a line, under `text_column`), strings (a document
-        each), token ids `[n]` (packed in order) or `[rows, len]` (the first `seq_len` of each of the first rows).
+    data: a file or a hub data set (see `calib.documents`), strings (a document each), token ids `[n]` (packed in order)
+        or `[rows, len]` (the first `seq_len` of each of the first rows).
     tokenizer: a transformers tokenizer; needed for text. Documents are joined by its EOS. Where it has a BOS, every
         other window begins with it, as prompts do; the rest begin in mid-text, as chunks do.
     Errors: CalibrationError for missing, empty, malformed or too short data, ArgumentError for a missing tokenizer.
@@ -52,8 +53,7 @@ def load_windows(data: Data, tokenizer: Any, num_samples: int, seq_len: int, *, 
     if tokenizer is None:
         raise ArgumentError(describe("tokenizer", "the model's tokenizer, to read text", "None"))
     if isinstance(data, (str, Path)):
-        path = Path(data)
-        documents, source = read_documents(path, text_column), path.name
+        documents, source = open_documents(data, text_column, tokenizer)
     else:
         documents, source = _documents(data), "strings"
     stream = _token_stream(documents, tokenizer)
@@ -67,45 +67,6 @@ def load_windows(data: Data, tokenizer: Any, num_samples: int, seq_len: int, *, 
             raise CalibrationError(_too_short(source, num_samples, seq_len, got))
         rows.append(row)
     return Windows(torch.tensor(rows), source)
-
-
-def read_documents(path: Path, text_column: str = "text") -> Iterator[str]:
-    """The documents of a `.txt` or `.jsonl` file. Errors: CalibrationError naming file and line."""
-    readers: dict[str, Callable[[Path, str], Iterator[str]]] = {".txt": _read_text, ".jsonl": _read_jsonl}
-    if path.suffix not in readers:
-        raise CalibrationError(describe(f"data {path}", "a .txt or .jsonl file", repr(path.suffix)))
-    found = False
-    try:
-        for document in readers[path.suffix](path, text_column):
-            if document.strip():
-                found = True
-                yield document
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(describe(f"data {path}", "a readable UTF-8 file", str(error))) from error
-    if not found:
-        raise CalibrationError(describe(f"data {path}", "text", "an empty file"))
-
-
-def _read_text(path: Path, text_column: str) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
-
-
-def _read_jsonl(path: Path, text_column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"data {path}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise CalibrationError(describe(where, "a json object", str(error))) from error
-            text = record.get(text_column) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                fix = "--text-column names the field that holds the text"
-                raise CalibrationError(describe(where, f"a string under {text_column!r}", keys or "nothing", fix))
-            yield text
 
 
 def _documents(texts: Iterable[str]) -> Iterator[str]:

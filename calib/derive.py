@@ -53,19 +53,32 @@ def tensor_params(stats: TensorStats, fmt: Format, head_room: float | None = Non
 def static_scale(stats: TensorStats, fmt: Format, head_room: float | None = None) -> StaticScale:
     """Scale and zero point of a static integer format, `[h_kv, 1, d]` per channel or `[h_kv, 1, 1]` per head.
 
-    Asymmetric: the grid spans min .. max, its half-range times `fmt.clip * head_room` about the midrange. Symmetric: it
-    spans +- absmax times the same. A range of zero width decodes to exactly its constant.
+    The calibrated min .. max, its half-range times `fmt.clip * head_room`; see `grid`.
     """
     if head_room is None:
-        head_room = HEAD_ROOM_8BIT if fmt.element.bits >= 8 else 1.0
+        head_room = default_head_room(fmt)
     if not 0 < head_room < float("inf"):
         raise ArgumentError(describe("head_room", "a finite factor > 0", str(head_room)))
-    low, high = stats.min.double(), stats.max.double()
+    return grid(stats.min, stats.max, fmt, fmt.clip * head_room)
+
+
+def default_head_room(fmt: Format) -> float:
+    """What min .. max is widened by before `Format.clip`."""
+    return HEAD_ROOM_8BIT if fmt.element.bits >= 8 else 1.0
+
+
+def grid(low: Tensor, high: Tensor, fmt: Format, widen: float = 1.0) -> StaticScale:
+    """Scale and zero point of a static integer format over the ranges `low` .. `high`, `[h_kv, d]` each.
+
+    Asymmetric: the grid spans low .. high, its half-range times `widen` about the middle. Symmetric: it spans +- the
+    larger magnitude times the same. Per head: the ranges of all channels joined. A range of zero width decodes to
+    exactly its constant.
+    """
+    low, high = low.double(), high.double()
     if fmt.scaling == "head":
         low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
     element = fmt.element
     absmax = torch.maximum(low.abs(), high.abs())
-    widen = fmt.clip * head_room
     if fmt.symmetric:
         scale = absmax * widen / (element.mid_code - 1)
         constant = absmax / (element.mid_code // 2)

@@ -74,7 +74,8 @@ class TensorObserver:
 
     def finish(self, weight: Tensor) -> TensorStats:
         """The statistics, on the CPU. weight: `[h_kv, d]`, see `TensorStats`."""
-        sample = self._sample[: self.tokens].float().sort(0).values
+        rows = self._sample[: self.tokens].float()
+        sample = rows.sort(0).values
         return TensorStats(
             min=self.min.cpu(),
             max=self.max.cpu(),
@@ -83,6 +84,7 @@ class TensorObserver:
             percentiles=_percentiles(sample, PERCENTILES).cpu(),
             weight=weight.float().cpu(),
             tokens=self.tokens,
+            sample=rows.cpu(),
         )
 
 

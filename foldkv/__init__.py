@@ -16,6 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from calib import calibrate
     from foldkv.accuracy import AccuracyReport, accuracy_report
+    from foldkv.auto import Budget, calibrate_auto
     from foldkv.engine import Engine, SamplingParams, explain
     from foldkv.hf import FoldCache, KVSwap, load_model, swap_kv_cache
     from quant.cache import PagedKVCache
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "AccuracyReport": "foldkv.accuracy",
     "accuracy_report": "foldkv.accuracy",
+    "Budget": "foldkv.auto",
     "calibrate": "calib",
+    "calibrate_auto": "foldkv.auto",
     "Engine": "foldkv.engine",
     "explain": "foldkv.engine",
     "FoldCache": "foldkv.hf",
@@ -56,6 +59,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "AccuracyReport", "Engine", "FoldCache", "FoldkvError", "Format", "KVScales", "KVSpec", "KVSwap", "LayerSpecs", "MODES",
-    "PagedKVCache", "SamplingParams", "__version__", "accuracy_report", "calibrate", "explain", "load_model", "swap_kv_cache",
+    "AccuracyReport", "Budget", "Engine", "FoldCache", "FoldkvError", "Format", "KVScales", "KVSpec", "KVSwap", "LayerSpecs",
+    "MODES", "PagedKVCache", "SamplingParams", "__version__", "accuracy_report", "calibrate", "calibrate_auto", "explain",
+    "load_model", "swap_kv_cache",
 ]  # fmt: skip

@@ -42,7 +42,7 @@ def write_pair(directory: Path, tensors: dict[str, Tensor], config: Mapping[str,
     stamped = {**config, "scales_sha256": hashlib.sha256(data).hexdigest()}
     stamped["config_sha256"] = json_sha256(stamped)
     text = json.dumps(stamped, indent=2, ensure_ascii=False) + "\n"
-    _replace_files({directory / SCALES_FILE: data, directory / CONFIG_FILE: text.encode()})
+    replace_files({directory / SCALES_FILE: data, directory / CONFIG_FILE: text.encode()})
 
 
 def read_pair(directory: Path, expected: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -89,7 +89,7 @@ def _read_bytes(path: Path) -> bytes:
         raise ScaleFileError(describe(str(path), "a readable file", error.strerror or str(error), fix)) from error
 
 
-def _replace_files(files: Mapping[Path, bytes]) -> None:
+def replace_files(files: Mapping[Path, bytes]) -> None:
     """Write every file beside its place, then move them into place in order."""
     suffix = f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
     staged = {path.with_name(f".{path.name}{suffix}"): path for path in files}

@@ -58,6 +58,7 @@ class TensorStats:
     weight:              `[h_kv, d]`, what an error in the channel costs. K: E[q_c^2], averaged over the group's query
                          heads. V: the squared norm of o_proj's column, summed over them; 1 where unknown.
     static:              the scale of the static format that was calibrated for, or None.
+    sample:              `[n, h_kv, d]`, some of the tokens; there after a calibration, never in a file.
     """
 
     min: Tensor
@@ -68,6 +69,7 @@ class TensorStats:
     weight: Tensor
     tokens: int
     static: StaticScale | None = None
+    sample: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def h_kv(self) -> int:
@@ -145,6 +147,11 @@ class KVScales:
         """Positions that the calibration covered: static K ranges are known up to there. None where unknown."""
         return self.config.get("data", {}).get("max_position")
 
+    @property
+    def plan(self) -> str | None:
+        """The mode of every layer that the calibration chose, as `parse_modes` reads it; None where it chose none."""
+        return (self.config.get("plan") or {}).get("mode")
+
     def check(self, error: type[FoldkvError] = ScaleFileError) -> None:
         """Raise `error` unless there is a layer with statistics and all of them are sound."""
         present = [(idx, layer) for idx, layer in enumerate(self.layers) if layer is not None]
@@ -176,7 +183,7 @@ class KVScales:
                 entry = {"h_kv": layer.k.h_kv, "head_dim": layer.k.head_dim}
                 for tensor, stats in (("k", layer.k), ("v", layer.v)):
                     entry[f"{tensor}_format"] = stats.static and stats.static.fmt
-                    tensors |= {_tensor_name(idx, tensor, part): value for part, value in _parts(stats).items()}
+                    tensors |= {_tensor_name(idx, tensor, part): value for part, value in stats_parts(stats).items()}
             entries.append(entry)
         write_pair(Path(directory), tensors, {**_FIXED, **self.config, **_FIXED, "layers": entries})
 
@@ -233,7 +240,7 @@ def _tensor_name(layer_idx: int, tensor: str, part: str) -> str:
     return f"model.layers.{layer_idx}.self_attn.{tensor}_{part}"
 
 
-def _parts(stats: TensorStats) -> dict[str, Tensor]:
+def stats_parts(stats: TensorStats) -> dict[str, Tensor]:
     """The tensors of a file that hold `stats`, by the last part of their names."""
     parts = {name: getattr(stats, name) for name in _STATISTICS}
     if stats.static is not None:

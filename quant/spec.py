@@ -137,11 +137,14 @@ MODES: dict[str, KVSpec] = {
     "c4s": KVSpec(_static("int4", "channel"), _static("int4", "channel")),
     "c4": KVSpec(_static("int4", "channel", clip=0.8), _INT4_ROTATED),
     "c4r": KVSpec(_INT4_ROTATED, _INT4_ROTATED),
+    "c4d": KVSpec(replace(_INT4_ROTATED, rotate=False), replace(_INT4_ROTATED, rotate=False)),
     # The control that must look bad: symmetric static int4 per head.
     "c4x": KVSpec(_static("int4", "head", symmetric=True), _static("int4", "head", symmetric=True)),
 }
 MODES = {name: replace(spec, name=name) for name, spec in MODES.items()}
 CONTROL_MODE = "c4x"
+# The plan per layer that a calibration chose.
+AUTO_MODE = "auto"
 
 
 def resolve_mode(mode: str | KVSpec, float_codec: str = "fp16") -> KVSpec:
@@ -180,13 +183,23 @@ class LayerSpecs:
 
 
 def parse_modes(
-    text: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec], num_layers: int, float_codec: str = "fp16"
+    text: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec],
+    num_layers: int,
+    float_codec: str = "fp16",
+    plan: str | None = None,
 ) -> LayerSpecs:
     """The per-layer map that a user's words mean.
 
-    text: a mode (`c4`), a mode with exceptions (`c4,0:c8,4-6:c16`), or a mapping {"default": mode, 0: mode, ...}.
-    Errors: ArgumentError for an unknown mode or a layer outside 0 .. num_layers - 1.
+    text: a mode (`c4`), a mode with exceptions (`c4,0:c8,4-6:c16`), a mapping {"default": mode, 0: mode, ...}, or
+        "auto": what `plan` says.
+    plan: the map that a calibration chose (`KVScales.plan`), written as the others are.
+    Errors: ArgumentError for an unknown mode, a layer outside 0 .. num_layers - 1, or "auto" without a plan.
     """
+    if text == AUTO_MODE:
+        if plan is None:
+            fix = "choose one: foldkv calibrate MODEL --mode auto"
+            raise ArgumentError(describe(f"mode {AUTO_MODE!r}", "scales with a plan for every layer", "none", fix))
+        text = plan
     if isinstance(text, LayerSpecs):
         return text
     if isinstance(text, KVSpec):
@@ -223,6 +236,6 @@ def check_page_size(page_size: int) -> None:
 
 
 __all__ = [
-    "CONTROL_MODE", "MAX_HEAD_DIM", "MODES", "PAGE_SIZES", "Format", "KVSpec", "LayerSpecs",
+    "AUTO_MODE", "CONTROL_MODE", "MAX_HEAD_DIM", "MODES", "PAGE_SIZES", "Format", "KVSpec", "LayerSpecs",
     "check_head_dim", "check_page_size", "codecs", "parse_modes", "resolve_mode",
 ]  # fmt: skip

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from calib import calibrate
 from calib import data as calib_data
-from calib.data import Windows, load_windows, read_documents, write_windows
+from calib.data import Windows, load_windows, write_windows
+from calib.documents import open_documents
 from quant.errors import ArgumentError, CalibrationError
 
 BOS, EOS = 1, 2
@@ -132,6 +133,10 @@ def test_no_strings(data: Any, tokenizer: Any) -> None:
         load_windows(data, tokenizer, 1, 50)
 
 
+def read(path: Path) -> list[str]:
+    return list(open_documents(path, "text", None)[0])
+
+
 def test_strings_that_are_none(tokenizer: Any) -> None:
     with pytest.raises(ArgumentError, match=r"data\[1\]: expected a string, got int"):
         load_windows(["w5", 5], tokenizer, 1, 50)  # type: ignore[list-item]
@@ -141,27 +146,27 @@ def test_strings_that_are_none(tokenizer: Any) -> None:
 def test_empty_files(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(CalibrationError, match=f"{name}: expected text, got an empty file"):
-        list(read_documents(tmp_path / name))
+        read(tmp_path / name)
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"no.txt: expected a readable UTF-8 file, got .*No such file"):
-        list(read_documents(tmp_path / "no.txt"))
+        read(tmp_path / "no.txt")
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(CalibrationError, match=r"folder.jsonl: expected a readable UTF-8 file"):
-        list(read_documents(tmp_path / "folder.jsonl"))
+        read(tmp_path / "folder.jsonl")
 
 
 def test_unknown_kinds_of_file(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"expected a .txt or .jsonl file, got '.csv'"):
-        list(read_documents(tmp_path / "a.csv"))
+    with pytest.raises(CalibrationError, match=r"expected a .txt, .jsonl or .parquet file, or hub:NAME, got '.csv'"):
+        read(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_files_that_are_no_utf8(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xff\xfe\x00w5")
     with pytest.raises(CalibrationError, match="expected a readable UTF-8 file"):
-        list(read_documents(tmp_path / name))
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,7 @@ def test_malformed_jsonl_names_the_line(tmp_path: Path, line: str, message: str)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "w5"}\n\n' + line + "\n")
     with pytest.raises(CalibrationError, match=message):
-        list(read_documents(path))
+        read(path)
 
 
 # --- text of the model's own ------------------------------------------------------------------------------------------

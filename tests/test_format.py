@@ -18,7 +18,8 @@ from quant.spec import CONTROL_MODE, MODES, PAGE_SIZES, Format, KVSpec, LayerSpe
 
 Append = Callable[[LayerPages, Tensor, Tensor, Tensor], None]
 BITS_AT_128 = {
-    "c32": 32, "c16": 16, "c8": 8, "c8h": 8, "c8d": 8.125, "k8v4": 6.125, "c4s": 4, "c4": 4.125, "c4r": 4.25, "c4x": 4,
+    "c32": 32, "c16": 16, "c8": 8, "c8h": 8, "c8d": 8.125, "k8v4": 6.125, "c4s": 4, "c4": 4.125, "c4r": 4.25,
+    "c4d": 4.25, "c4x": 4,
 }  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def accuracy_report(
 
     model: in eval mode; float32 keeps the noise floor low. modes: names, `KVSpec`s, `LayerSpecs`, or a `CacheSource` of
         your own; the control `c4x` always runs beside them.
-    data: a .txt or .jsonl file, strings, or token ids, as `calibrate` takes them; None: text that the model writes itself.
+    data: a file or hub data set, strings, or token ids, as `calibrate` takes them; None: text that the model writes itself.
     tokenizer: needed for text. scales: of a calibration, or the folder that holds it.
     level: how much is measured, "quick", "standard" or "full" (`effort`); the sizes below take the place of its own.
     num_windows, window_len: text appended to the cache in one piece. decode_windows, decode_len: text decoded token by
@@ -204,7 +204,7 @@ def make_sources(
     def source(mode: Mode) -> CacheSource:
         if isinstance(mode, CacheSource):
             return mode
-        specs = parse_modes(mode, num_layers, float_codec)
+        specs = parse_modes(mode, num_layers, float_codec, scales.plan if scales else None)
         if scales is None and specs.needs_scales:
             fix = "calibrate the model first: foldkv calibrate MODEL"
             raise ArgumentError(describe(f"mode {specs.name}", "the scales of a calibration", "none", fix))

@@ -102,7 +102,7 @@ def _find_scales(model: str, scales: Path | None, kv: str, loaded: PreTrainedMod
     directory = scales or Path(model) / KV_CACHE_DIR
     if scales is not None or directory.is_dir():
         return KVScales.load(directory, loaded.config)
-    if parse_modes(kv, loaded.config.get_text_config(decoder=True).num_hidden_layers).needs_scales:
+    if parse_modes(kv, loaded.config.get_text_config(decoder=True).num_hidden_layers, plan="c8").needs_scales:
         fix = f"run `foldkv calibrate {model}`, or take a mode without them (c8d, c4r)"
         raise ArgumentError(describe(f"scales of mode {kv!r}", str(directory), "no such folder", fix))
     return None

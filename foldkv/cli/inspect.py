@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import UsageError, cli_errors, emit_json, output
+from .plan_table import drift_lines, show_plan
 
 if TYPE_CHECKING:
     from calib.summary import HeadSummary
@@ -42,6 +43,8 @@ def inspect(
         emit_json({"config": scales.config, "bits_per_element": bits_per_mode(scales), "heads": found})
         return
     _show_origin(scales)
+    if scales.plan is not None and layer is None:
+        show_plan(scales.config["plan"])
     rows = heads if layer is not None else [_worst(list(group)) for _, group in groupby(heads, _tensor_of)]
     output.print(_table(rows, per_head=layer is not None))
     _line(f"outlier: the largest channel's absmax over the median one's; > {OUTLIER_RATIO:g}: channels beyond that")
@@ -110,6 +113,8 @@ def _show_origin(scales: KVScales) -> None:
     }
     for name, value in facts.items():
         _line(f"[bold]{name:<10}[/]{escape(str(value))}")
+    for line in drift_lines(data.get("drift", {})):
+        _line(escape(line))
 
 
 def _line(text: str) -> None:

@@ -14,9 +14,11 @@ from .compare import compare
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
+from .interchange import export, import_
 from .models import models
 from .plan import plan
 from .report import report
+from .rewrite import rewrite
 
 app = typer.Typer(
     name="foldkv",
@@ -42,8 +44,10 @@ def _main(
     del version
 
 
-for _command in (calibrate, inspect, generate, report, compare, bench, plan, models, doctor):
+for _command in (calibrate, inspect, generate, report, compare, bench, plan, models, doctor, rewrite):
     app.command()(_command)
+app.command("export")(export)
+app.command("import")(import_)
 
 
 def main() -> None:

@@ -180,7 +180,7 @@ def _check_usage(modes: list[str], fail_if: list[str], level: str, sizes: dict[s
     ways += ["chunked"] if fitted.chunked_windows and fitted.windows and fitted.window_len > CHUNK else []
     try:
         for mode in modes:
-            parse_modes(mode, num_layers=sys.maxsize)
+            parse_modes(mode, num_layers=sys.maxsize, plan="c8")
         own = [mode for mode in modes if mode != CONTROL_MODE]
         gates = parse_gates(fail_if, own)
         for gate in gates:

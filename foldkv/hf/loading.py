@@ -37,13 +37,13 @@ def load_model(
     dtype: "float32", "float16", "bfloat16", a torch dtype, or "auto" (also None): that of the checkpoint.
     Errors: ArgumentError naming the file that is missing or damaged and what to do.
     """
-    wanted = _dtype(dtype)
+    wanted = parse_dtype(dtype)
     directory = Path(path)
     if directory.is_dir():
         _check_directory(directory)
     elif directory.exists() or directory.is_absolute() or str(path).count("/") > 1:
         raise ArgumentError(describe("model", "a checkpoint directory or a hub id", f"{str(path)!r}, no directory"))
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     options = {"dtype": wanted, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _quiet():
@@ -64,7 +64,8 @@ def load_model(
         raise ArgumentError(describe("device", "one that torch can use", f"{device}: {_first_line(error)}")) from error
 
 
-def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+def parse_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """A torch dtype of its name, or "auto" (also for None). Errors: ArgumentError."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None or dtype == "auto":
@@ -117,7 +118,8 @@ def _read_json(path: Path, fix: str) -> dict[str, Any]:
     return value
 
 
-def _load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a checkpoint. Errors: ArgumentError."""
     local = Path(path).is_dir()
     fix = (
         "put tokenizer.json and tokenizer_config.json beside the weights" if local else "check the name and the network"

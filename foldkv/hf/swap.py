@@ -41,7 +41,8 @@ def swap_kv_cache(
     """Let `model.generate()` keep its KV cache in foldkv pages, and attend to them with foldkv's kernels.
 
     model:  a transformers decoder; its code and weights are not touched.
-    mode:   see `quant.spec.parse_modes`: "c8", "k8v4", "c4,0:c8", a `KVSpec`, a mapping of layers.
+    mode:   see `quant.spec.parse_modes`: "c8", "k8v4", "c4,0:c8", a `KVSpec`, a mapping of layers; "auto" is the
+            plan of `scales`.
     scales: of `calibrate` or `KVScales.load`; needed by modes with static scales, used where given by the others.
     page_size: tokens of a page: 16, 32, 64 or 128.
     engine: whether `generate` runs on `foldkv.Engine` where that can serve the call (`foldkv.explain` says): None on a GPU.
@@ -113,7 +114,7 @@ class KVSwap:
         self._states: WeakSet[CacheState] = WeakSet()
         self._engines: WeakSet[Any] = WeakSet()
         self._text_config = model.config.get_text_config(decoder=True)
-        self.specs = self._parse(mode)
+        self.specs = self._parse(mode, scales)
         self._params = self._layer_params(self.specs, scales)
         self._warned_length = False
         self._changes: list[_Change] = []
@@ -233,8 +234,8 @@ class KVSwap:
         """
         if not self.is_on:
             raise ArgumentError(describe("swap", "one that is on", "a restored one", "swap the model again"))
-        specs = self.specs if mode is None else self._parse(mode)
         scales = self.scales if scales is None else scales
+        specs = self.specs if mode is None else self._parse(mode, scales)
         params = self._layer_params(specs, scales)
         engines = list(self._engines)
         for engine in engines:
@@ -253,8 +254,11 @@ class KVSwap:
         """Undo `register_engine`."""
         self._engines.discard(engine)
 
-    def _parse(self, mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec]) -> LayerSpecs:
-        return parse_modes(mode, self.num_layers, "bf16" if self.model.dtype == torch.bfloat16 else "fp16")
+    def _parse(
+        self, mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec], scales: KVScales | None
+    ) -> LayerSpecs:
+        float_codec = "bf16" if self.model.dtype == torch.bfloat16 else "fp16"
+        return parse_modes(mode, self.num_layers, float_codec, scales.plan if scales else None)
 
     def _layer_params(self, specs: LayerSpecs, scales: KVScales | None) -> list[LayerParams]:
         """Scale parameters of each layer, or None where there are none to set."""
