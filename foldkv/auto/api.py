@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 WINDOWS, HELD_OUT, WINDOW_LEN = 4, 6, 512
 """Windows that costs are measured on, windows that the maps are compared on, tokens of each."""
 _TRIES = 4
-ESTIMATOR = "percentile/attention_output"
-"""What serves static 4-bit formats best (docs/accuracy.md)."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def calibrate_auto(
     *,
     tokenizer: Any = None,
     budget: Budget | None = None,
-    estimator: str = ESTIMATOR,
+    estimator: str | None = None,
     num_samples: int | None = None,
     max_seq_len: int | None = None,
     seed: int = 0,
