@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from foldkv.accuracy import AccuracyReport, accuracy_report, parse_gate
-from foldkv.accuracy.gates import known_paths
+from foldkv.accuracy.effort import Effort, effort
+from foldkv.accuracy.gates import check_gate, evaluate_gate, known_paths, parse_gates
+from foldkv.accuracy.measure import extra_paths
 from foldkv.cli.main import app
 from quant.errors import ArgumentError
 from quant.scales import KVScales
@@ -181,7 +185,7 @@ def test_a_control_that_looks_fine_is_a_loud_warning(
 
 def test_json_has_its_keys(files: Path) -> None:
     found = json.loads((files / "report.json").read_text())
-    assert found["schema_version"] == 1
+    assert found["schema_version"] == 2
     for mode in ("c8", "c8d", "c4", "c4x"):
         for way in ("prefill", "decode"):
             assert {"kld_mean", "kld_p99", "top1_agreement", "ppl"} <= found["modes"][mode][way].keys()
@@ -193,10 +197,11 @@ def test_json_has_its_keys(files: Path) -> None:
 
 
 def test_every_gate_path_leads_to_a_number(report: AccuracyReport) -> None:
-    for path in known_paths(report.data["modes"]):
+    modes = [name for name in report.data["modes"] if name != "c4x"]
+    extras = extra_paths(Effort(**report.data["setup"]["sizes"]))
+    assert any(path.startswith("generation") for path in extras) and any(path.startswith("parts") for path in extras)
+    for path in known_paths(modes, ("prefill", "decode"), extras):
         report_gate = parse_gate(f"{path} > 1e99")
-        from foldkv.accuracy.gates import evaluate_gate
-
         assert evaluate_gate(report_gate, report.data).value is not None, path
 
 
@@ -242,12 +247,20 @@ def test_html_is_one_well_formed_page_that_loads_nothing(files: Path) -> None:
     page = Page()
     page.feed(text)
     assert page.open == [] and page.loads == [] and "script" not in page.tags and "link" not in page.tags
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 5 + 3
     assert not re.search(r"url\(|@import|https?://", text)
     assert "prefers-color-scheme: dark" in text and "@media print" in text and "width=device-width" in text
     words = " ".join(page.words)
     assert "None" not in words and "nan" not in words.lower().split()
-    assert words.index("each appended in one piece") < words.index("failed as it must") < words.index("Set-up")
+    order = [
+        "through the quantised cache itself",
+        "May I use it here?",
+        "failed as it must",
+        "Size against damage",
+        "Set-up",
+    ]
+    places = [words.index(text) for text in order]
+    assert places == sorted(places)
 
 
 def test_svg_attributes_are_numbers(files: Path) -> None:
@@ -263,8 +276,8 @@ def test_markdown_says_first_how_the_cache_was_exercised(files: Path) -> None:
     assert lines[2] == "How the cache was exercised:" and "appended in one piece" in lines[3]
     assert "teacher-forced one token at a time, without CUDA graphs" in lines[4]
     tables = [line for line in lines if line.startswith("|")]
-    assert any(line.startswith("| `c8` |") for line in tables) and any("noise: stock cache" in line for line in tables)
-    widths = {line.count("|") for line in tables[:6]}
+    assert any(line.startswith("| c8 |") for line in tables) and any("noise: stock cache" in line for line in tables)
+    widths = {line.count("|") for line in tables[:5]}
     assert len(widths) == 1  # head, rule and rows of the first table
 
 
@@ -292,7 +305,7 @@ def test_an_interrupted_save_leaves_the_old_files(
         ({"modes": ["c9"]}, "c9"),
         ({"modes": ["c8", "c8"]}, "c8 twice"),
         ({"scales": None}, "foldkv calibrate"),
-        ({"window_len": 300}, "the model's maximum"),
+        ({"window_len": 600}, "the model's maximum"),
         ({"num_windows": 0, "decode_windows": 0}, "at least one"),
         ({"decode_len": 1}, "length of decode windows"),
         ({"data": torch.full((4, 40), 96)}, "token ids"),
@@ -350,9 +363,20 @@ def test_command_with_the_models_own_text_and_a_failing_gate(checkpoint: Path, t
     assert "appended in one piece" in result.stdout and "c4x" in result.stdout
 
 
+def test_command_with_a_level_as_gate(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(checkpoint, "--kv", "c4", "--out", tmp_path, *SMALL, "--level", "quick", "--fail-if", "lossless")
+    assert result.exit_code == 3
+    assert "lossless: c4.level_rank > 0: c4.level_rank is" in result.stderr
+    assert not (tmp_path / ".partial").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
+        (["--level", "some"], 2, "quick, standard, full"),
+        (["--fail-if", "c9:lossless"], 2, "gate"),
+        (["--baselines", "fp4"], 1, "one of fp8"),
+        (["--level", "quick", "--fail-if", "c8.parts.k_only.kld_mean > 1"], 2, "a figure of the modes"),
         (["--fail-if", "c8.kld_meen > 1"], 2, "did you mean"),
         (["--fail-if", "k8v4.kld_mean > 1"], 2, "a figure of the modes c8, c4x"),
         (["--fail-if", "c8.kld_mean ~ 1"], 2, "gate"),
@@ -368,3 +392,32 @@ def test_command_usage(checkpoint: Path, tmp_path: Path, arguments: list[str], c
     assert result.exit_code == code, result.stderr
     assert said in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foldkv.accuracy.report.measure", interrupted)
+    result = run(checkpoint, "--kv", "c8", "--out", tmp_path, *SMALL)
+    assert result.exit_code != 0 and "the same command goes on from there" in result.stderr
+
+
+def test_the_workflow_names_commands_that_exist() -> None:
+    """examples/ci: its options are the command's own, its gates can be read."""
+    yaml = pytest.importorskip("yaml")
+    steps = yaml.safe_load((Path(__file__).parents[1] / "examples/ci/kv-accuracy.yml").read_text())["jobs"]["report"][
+        "steps"
+    ]
+    commands = [shlex.split(step["run"]) for step in steps if "foldkv " in step.get("run", "")]
+    report_command = next(words for words in commands if words[:2] == ["foldkv", "report"])
+    shown = CliRunner().invoke(app, ["report", "--help"], env={"COLUMNS": "200"}).stdout
+    options = {word for word in report_command if word.startswith("--")}
+    assert options and all(option in shown for option in options)
+    texts = [word for before, word in pairwise(report_command) if before == "--fail-if"]
+    gates = parse_gates(texts, ["c8", "k8v4"])
+    assert len(texts) == 3 and len(gates) == 4
+    for gate in gates:
+        check_gate(gate, ["c8", "k8v4", "c4x"], extras=extra_paths(effort("standard")))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from foldkv.accuracy.gates import check_gate, evaluate_gate, known_paths, parse_gate
+from foldkv.accuracy.gates import PRESETS, check_gate, evaluate_gate, known_paths, parse_gate, parse_gates
+from foldkv.accuracy.verdict import LEVELS, SUSPECT, rank
 from foldkv.cli.report import split_modes
 from quant.errors import ArgumentError
 
@@ -88,3 +89,43 @@ def test_mode_lists() -> None:
     assert split_modes("c8, k8v4,c4") == ["c8", "k8v4", "c4"]
     assert split_modes("c8,c4,0:c8,4-6:c16,c8/c4r") == ["c8", "c4,0:c8,4-6:c16", "c8/c4r"]
     assert split_modes("") == []
+
+
+# --- presets, deeper paths, errors ------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_levels_and_stand_for_conditions() -> None:
+    assert tuple(level.name for level in LEVELS) == PRESETS and rank(SUSPECT) == 4
+    gates = parse_gates(["near-lossless", "c8:lossless", "c8.kld_mean > 1"], ["c8", "c4,0:c8"])
+    assert [(gate.path, gate.op, gate.limit) for gate in gates] == [
+        ("c8.level_rank", ">", 1), ("c4,0:c8.level_rank", ">", 1), ("c8.level_rank", ">", 0), ("c8.kld_mean", ">", 1.0),
+    ]  # fmt: skip
+    with pytest.raises(ArgumentError, match="gate"):
+        parse_gates(["c9:lossless"], ["c8"])
+
+
+def test_a_preset_fails_for_a_mode_of_a_weaker_level() -> None:
+    report = {"modes": {"c8": {"level_rank": 1}, "c4": {"level_rank": 2}, "bad": {"level_rank": rank(SUSPECT)}}}
+    results = [evaluate_gate(gate, report) for gate in parse_gates(["near-lossless"], ["c8", "c4", "bad"])]
+    assert [result.failed for result in results] == [False, True, True]
+
+
+def test_a_figure_inside_a_mode() -> None:
+    report = {"modes": {"c4,0:c8": {"generation": {"match_128": 0.25}, "parts": {"k_only": {"kld_mean": 0.02}}}}}
+    extras = ["generation.match_128", "parts.k_only.kld_mean"]
+    for text, failed in (
+        ("c4,0:c8.generation.match_128 < 0.5", True),
+        ("modes.c4,0:c8.parts.k_only.kld_mean > 1", False),
+    ):
+        gate = parse_gate(text)
+        check_gate(gate, ["c4,0:c8"], extras=extras)
+        assert evaluate_gate(gate, report).failed is failed
+        with pytest.raises(ArgumentError, match="a figure of the modes"):
+            check_gate(gate, ["c4,0:c8"])
+
+
+def test_a_figure_near_its_limit_is_said_to_be() -> None:
+    report = {"modes": {"c8": {"bits_per_element": 8.0, "prefill": figures(kld_mean=0.010, kld_se=0.001)}}}
+    near, far = (evaluate_gate(parse_gate(f"c8.kld_mean > {limit}"), report) for limit in (0.0115, 0.02))
+    assert near.close and "within its error" in str(near) and not near.failed
+    assert not far.close and "within" not in str(far)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from foldkv.accuracy import store as store_module
 from foldkv.accuracy.metrics import TokenScores, compare
-from foldkv.accuracy.summary import METRICS, block_mean, summarise, worst
+from foldkv.accuracy.notes import advice
+from foldkv.accuracy.store import BaseStore
+from foldkv.accuracy.summary import METRICS, block_mean, share_mean, summarise, worst
 from foldkv.accuracy.verdict import LEVELS, grade
 
 
@@ -156,10 +160,11 @@ def test_worst_of_the_ways() -> None:
 # --- levels -----------------------------------------------------------------------------------------------------------
 
 
-def entry(kld: float | None, top1: float | None) -> dict[str, dict[str, float | None]]:
+def entry(kld: float | None, top1: float | None, windows: int = 40) -> dict[str, dict[str, float | None]]:
     """A mode whose prefill is flawless and whose decode has these figures."""
-    fine = {"kld_mean": 0.0, "kld_se": 0.0, "top1_agreement": 1.0, "top1_se": None}
-    return {"prefill": fine, "decode": {"kld_mean": kld, "kld_se": 1e-6, "top1_agreement": top1, "top1_se": 1e-3}}
+    fine = {"kld_mean": 0.0, "kld_se": 0.0, "top1_agreement": 1.0, "top1_se": None, "windows": windows}
+    figures = {"kld_mean": kld, "kld_se": 1e-6, "top1_agreement": top1, "top1_se": 1e-3, "windows": windows}
+    return {"prefill": fine, "decode": figures}
 
 
 @pytest.mark.parametrize(
@@ -189,3 +194,79 @@ def test_a_figure_near_a_limit_is_borderline() -> None:
     assert grade(entry(1e-3 - 1e-6, 0.995), LEVELS)["borderline"]
     assert grade(entry(5e-4, 0.9915), LEVELS)["borderline"]
     assert not grade(entry(5e-4, 0.995), LEVELS)["borderline"]
+    assert grade(entry(5e-4, 0.995, windows=2), LEVELS)["borderline"]  # an error of two windows is itself unsure
+
+
+def test_a_share_that_is_the_same_in_few_windows_still_has_an_error() -> None:
+    """Two changes in 94 positions, one a window: the spread of the windows is 0, the truth anywhere about 2 %."""
+    same = torch.ones(2, 47, dtype=torch.float64)
+    same[:, 5] = 0
+    assert block_mean(same).se == 0 and share_mean(same).se == pytest.approx(0.0198, rel=0.1)
+    assert share_mean(torch.ones(4, 100)).se > 0.003
+    mixed = torch.ones(4, 100)
+    mixed[0] = 0
+    assert share_mean(mixed) == block_mean(mixed)
+
+
+# --- what is kept of the base -----------------------------------------------------------------------------------------
+
+
+def test_the_compact_base_costs_less_than_it_says_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and read in pieces; its floor is the divergence that it really adds."""
+    base, mode, tokens = random_logits(4, 30, 500)
+    exact = compare(base, mode, tokens)
+    monkeypatch.setattr(store_module, "EXACT_BYTES", 0)
+    store = BaseStore(4, 30, 500)
+    assert not store.exact
+    for row in (0, 2):
+        for begin in (0, 12):
+            store.write(row, begin, base[row : row + 2, begin : begin + (12 if begin == 0 else 18)])
+    kept = torch.cat([store.read(0, 4, a, b, base.device) for a, b in ((0, 7), (7, 30))], dim=1)
+    assert kept.shape == base.shape
+    true = compare(base, kept, tokens).kld
+    assert 0 < float(true.mean()) <= store.floor * 1.01 and store.floor < 1e-7
+    found = compare(kept, mode, tokens)
+    assert float(found.kld.mean()) == pytest.approx(float(exact.kld.mean()), rel=1e-3)
+    assert torch.equal(found.same_top, exact.same_top)
+
+
+def test_a_base_that_fits_is_kept_as_it_is() -> None:
+    base, _, _ = random_logits(2, 5, 11)
+    store = BaseStore(2, 5, 11)
+    store.write(0, 0, base)
+    assert store.exact and store.floor == 0 and torch.equal(store.read(1, 1, 2, 4, base.device), base[1:, 2:4])
+
+
+def test_the_interval_of_the_tail_is_a_bootstrap_over_windows() -> None:
+    """Against drawing the windows for real."""
+    rng = np.random.default_rng(1)
+    scores = summarise_of(np.exp(rng.normal(size=(12, 300)) + rng.normal(size=(12, 1))))
+    low, high = scores["ci95"]["kld_p99"]
+    kld = scores["raw"]
+    tails = [np.percentile(kld[np.random.default_rng(s).integers(12, size=12)], 99) for s in range(400)]
+    assert low == pytest.approx(np.percentile(tails, 2.5), rel=0.2)
+    assert high == pytest.approx(np.percentile(tails, 97.5), rel=0.2)
+    assert low < np.percentile(kld, 99) < high
+
+
+def summarise_of(kld: np.ndarray) -> dict[str, Any]:
+    rest = torch.zeros(kld.shape, dtype=torch.float64)
+    return summarise(TokenScores(torch.from_numpy(kld), rest, rest, rest, rest, rest, rest)) | {"raw": kld}
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kld", "windows", "said"),
+    [
+        (0.95e-3, 8, "about 47 windows"),
+        (0.97e-3, 8, "about 130 windows"),
+        (0.999e-3, 8, "more than 1000 windows"),
+        (0.95e-3, 2, "at least 8"),
+    ],
+)
+def test_advice_on_the_sample(kld: float, windows: int, said: str) -> None:
+    """A KLD of `kld` beside the limit of 1e-3, its error 5e-5: as many windows as bring the interval down to the gap."""
+    figures = {"kld_mean": kld, "kld_se": 5e-5, "top1_agreement": 0.999, "top1_se": 1e-4, "windows": windows}
+    assert said in advice("c8", {"decode": figures}, LEVELS, windows)

@@ -10,7 +10,7 @@ from quant.spec import CONTROL_MODE
 
 from . import verdict
 from .gates import WAYS
-from .summary import worst
+from .summary import students_t, worst
 
 Rows = list[list[str]]
 
@@ -50,22 +50,47 @@ def plain(value: float | None, error: float | None = None) -> str:
 
 
 def how(report: Mapping[str, Any]) -> list[str]:
-    """How the cache was exercised: the first lines of every output."""
+    """How the cache was exercised, a sentence a way."""
     lines = []
     for way in report["setup"]["ways"]:
-        text = f"{way['windows']} windows of {way['length']} tokens"
+        text = f"{way['name']}: {way['windows']} windows of {way['length']} tokens"
         if way["chunk"] == 1:
-            graphs = "with" if report["setup"].get("graphs") else "without"
+            how = "every step one replay of a captured CUDA graph" if _replays(report, way) else "without CUDA graphs"
             lines.append(
-                f"decode: {text}, teacher-forced one token at a time, {graphs} CUDA graphs; every token is quantised "
-                "into the cache before attention reads it back"
+                f"{text}, teacher-forced one token at a time, {how}; every token is quantised into the cache before "
+                "attention reads it back"
             )
+        elif way["chunk"] < way["length"]:
+            lines.append(f"{text}, appended {way['chunk']} tokens at a time; attention reads them back quantised")
         else:
             lines.append(
-                f"prefill: {text}, each appended in one piece; every query attends to K and V read back from the "
+                f"{text}, each appended in one piece; every query attends to K and V read back from the "
                 "quantised cache, its own token's included, never to unquantised ones"
             )
     return lines
+
+
+def how_short(report: Mapping[str, Any]) -> str:
+    """The same in one line, for the head of the page."""
+    parts = []
+    for way in report["setup"]["ways"]:
+        size = f"{way['windows']} × {way['length']} tokens"
+        graph = " by graph replay" if _replays(report, way) else ""
+        kind = f"decoded one by one{graph}" if way["chunk"] == 1 else f"in chunks of {way['chunk']}"
+        parts.append(f"{size} {'in one piece' if way['chunk'] >= way['length'] else kind}")
+    text = report["setup"]["data"]["source"]
+    return f"Measured through the quantised cache itself: {', '.join(parts)}. Text: {text}."
+
+
+def _replays(report: Mapping[str, Any], way: Mapping[str, Any]) -> bool:
+    """On a CPU the engine takes the same steps without graphs."""
+    return bool(way.get("graphs")) and report["setup"]["device"] == "cuda"
+
+
+def model_name(report: Mapping[str, Any]) -> str:
+    """A hub id as it is, a folder by its last name."""
+    name = str(report["setup"]["model"])
+    return name if name.count("/") <= 1 and name[:1] not in "/.~" else name.rstrip("/").rpartition("/")[2]
 
 
 def compared_with(report: Mapping[str, Any]) -> str:
@@ -105,6 +130,9 @@ def _mode_row(name: str, entry: Mapping[str, Any], report: Mapping[str, Any]) ->
         "ppl": percent(ppl["ppl_change"], ppl["ln_ppl_ratio_se"], signed=True),
         "ppl_alone": percent(ppl["ppl_change"], signed=True) + ("" if ppl_shown(ppl) else " (?)"),
         "ppl_note": "" if ppl_shown(ppl) else "no difference shown",
+        "answer": entry["answer"]["answer"],
+        "answer_class": entry["answer"]["answer"].replace(" ", "-"),
+        "why": entry["answer"]["why"],
         "formats": f"K {entry.get('k_format', '?')}, V {entry.get('v_format', '?')}",
     }
 
@@ -116,9 +144,9 @@ def in_noise(figures: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
 
 
 def ppl_shown(figures: Mapping[str, Any]) -> bool:
-    """The perplexity changed by more than two standard errors, paired; with one window there is no telling."""
+    """The 95 % interval of the paired perplexity ratio does not hold 1; with one window there is no telling."""
     error, ratio = figures["ln_ppl_ratio_se"], figures["ln_ppl_ratio"]
-    return error is None or ratio is None or abs(ratio) > 2 * error
+    return error is None or ratio is None or abs(ratio) > students_t(figures["windows"]) * error
 
 
 def divergence_table(report: Mapping[str, Any], way: str) -> tuple[list[str], Rows]:
@@ -148,6 +176,7 @@ def prediction_table(report: Mapping[str, Any], way: str) -> tuple[list[str], Ro
 def _runs(report: Mapping[str, Any], way: str) -> list[tuple[str, Mapping[str, Any]]]:
     noise = report["noise_floor"][way]
     entries = [(name, entry[way]) for name, entry in report["modes"].items()]
+    entries += [(name, entry[way]) for name, entry in report["baselines"].items() if way in entry]
     return [*entries, ("noise: other split", noise["split"]), ("noise: stock cache", noise["stock"])]
 
 
@@ -213,7 +242,11 @@ def setup_rows(report: Mapping[str, Any]) -> Rows:
 
 def gate_lines(report: Mapping[str, Any]) -> list[tuple[bool, str]]:
     """Failed or not, and the text, of each gate."""
-    return [(gate["failed"], f"{gate['gate']} (is {plain(gate['value'])})") for gate in report["gates"]]
+
+    def said(gate: Mapping[str, Any]) -> str:
+        return f"{gate['gate']} (is {plain(gate['value'])}{', within its error' if gate['close'] else ''})"
+
+    return [(gate["failed"], said(gate)) for gate in report["gates"]]
 
 
 def commands(report: Mapping[str, Any]) -> Sequence[str]:

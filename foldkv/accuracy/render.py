@@ -9,13 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import plots, present
+from . import plots, present, tables
 from .gates import WAYS
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The report for a pull request."""
-    return _environment().get_template("report.md.j2").render(_view(report)).rstrip() + "\n"
+    return environment().get_template("report.md.j2").render(_view(report)).rstrip() + "\n"
 
 
 def to_html(report: Mapping[str, Any]) -> str:
@@ -24,8 +24,12 @@ def to_html(report: Mapping[str, Any]) -> str:
         "pareto": Markup(plots.pareto(report)),
         "curve": Markup(plots.position_curve(report)),
         "bars": Markup(plots.percentile_bars(report)),
+        "histogram": Markup(plots.histogram(report)),
+        "parts": Markup(plots.parts(report)),
+        "heat_maps": [(mode, Markup(picture)) for mode, picture in plots.heat_maps(report)],
+        "heat_is_kld": any(entry.get("heads") for entry in report["modes"].values()),
     }
-    return _environment().get_template("report.html.j2").render(_view(report) | drawings)
+    return environment().get_template("report.html.j2").render(_view(report) | drawings)
 
 
 def _view(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +37,7 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "report": report,
         "p": present,
+        "t": tables,
         "ways": ways,
         "modes": present.mode_rows(report),
         "control": next(check for check in report["checks"] if check["name"] == "control_fails"),
@@ -41,7 +46,8 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where the templates are rendered."""
     environment = Environment(
         loader=PackageLoader("foldkv.accuracy"),
         autoescape=lambda name: bool(name) and ".html" in str(name),

@@ -1,12 +1,12 @@
-"""`accuracy_report`: run every mode both ways, put the figures together, save them."""
+"""`accuracy_report`: run every mode every way, look into it, put the figures together, save them."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,16 @@ from quant.scales import KVScales
 from quant.spec import CONTROL_MODE, KVSpec, LayerSpecs, parse_modes
 
 from .assemble import assemble
-from .evaluate import Way, evaluate, make_ways, total_tokens
+from .baselines import make_baselines
+from .effort import Effort, effort
+from .evaluate import Way, make_ways
 from .gates import Gate, GateResult, check_gate, evaluate_gate
-from .metrics import TokenScores
-from .probe import Probe, probe
+from .measure import Found, OnResult, extra_paths, measure
+from .needle import needle_grid
+from .partial import Partial, scales_digest, weights_digest
 from .sources import CacheSource, ModeSource
 from .stamp import file_sha256, stamp
-from .summary import summarise
+from .tasks import check_installed, run_tasks
 from .windows import Progress, make_text
 
 if TYPE_CHECKING:
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 
 BASE_MODE = "c16"
 DEFAULT_MODES = ("c8", "k8v4", "c4")
-NUM_WINDOWS, WINDOW_LEN, DECODE_WINDOWS, DECODE_LEN = 8, 512, 8, 256
 
 Mode = str | KVSpec | LayerSpecs | CacheSource
 
@@ -58,7 +60,8 @@ class AccuracyReport:
         """Hold `gates` against the figures; they become part of the report. Returns those that failed."""
         self.gates = [evaluate_gate(gate, self.data) for gate in gates]
         self.data["gates"] = [
-            {"gate": result.gate.text, "value": result.value, "failed": result.failed} for result in self.gates
+            {"gate": result.gate.text, "value": result.value, "failed": result.failed, "close": result.close}
+            for result in self.gates
         ]
         return self.failed_gates
 
@@ -66,23 +69,30 @@ class AccuracyReport:
         """Write report.json, report.md and report.html into `directory`, made if missing; each appears whole or not."""
         from .render import to_html, to_markdown
 
-        contents = {
-            "report.json": json.dumps(self.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            "report.md": to_markdown(self.data),
-            "report.html": to_html(self.data),
-        }
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for name, text in contents.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-            written.append(folder / name)
-        return written
+        return write_files(
+            directory,
+            {
+                "report.json": json.dumps(self.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+                "report.md": to_markdown(self.data),
+                "report.html": to_html(self.data),
+            },
+        )
+
+
+def write_files(directory: str | os.PathLike[str], contents: dict[str, str]) -> list[Path]:
+    """Write texts into `directory`, made if missing; each file appears whole or not at all."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in contents.items():
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        written.append(folder / name)
+    return written
 
 
 def accuracy_report(
@@ -92,67 +102,94 @@ def accuracy_report(
     *,
     tokenizer: Any = None,
     scales: KVScales | str | os.PathLike[str] | None = None,
-    num_windows: int = NUM_WINDOWS,
-    window_len: int = WINDOW_LEN,
-    decode_windows: int = DECODE_WINDOWS,
-    decode_len: int = DECODE_LEN,
+    level: str = "standard",
+    num_windows: int | None = None,
+    window_len: int | None = None,
+    decode_windows: int | None = None,
+    decode_len: int | None = None,
+    new_tokens: int | None = None,
+    baselines: Sequence[str] | None = None,
+    tasks: Sequence[str] = (),
+    tasks_path: str | os.PathLike[str] | None = None,
+    task_limit: int | None = None,
+    graphs: bool | None = None,
     seed: int | None = None,
     text_column: str = "text",
     gates: Sequence[Gate] = (),
     setup: dict[str, Any] | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    on_result: Callable[[str, str, dict[str, Any]], None] = lambda way, mode, figures: None,
+    on_result: OnResult = lambda way, mode, figures: None,
 ) -> AccuracyReport:
-    """Measure what cache modes cost a model: KLD to its 16-bit cache, top-1 agreement, perplexity, both ways.
+    """Measure what cache modes cost a model: KLD to its 16-bit cache, top-1 agreement, perplexity, every way.
 
     model: in eval mode; float32 keeps the noise floor low. modes: names, `KVSpec`s, `LayerSpecs`, or a `CacheSource` of
         your own; the control `c4x` always runs beside them.
     data: a file or hub data set, strings, or token ids, as `calibrate` takes them; None: text that the model writes itself.
     tokenizer: needed for text. scales: of a calibration, or the folder that holds it.
+    level: how much is measured, "quick", "standard" or "full" (`effort`); the sizes below take the place of its own.
     num_windows, window_len: text appended to the cache in one piece. decode_windows, decode_len: text decoded token by
-        token, the beginnings of the same windows. 0 windows leave a way out.
+        token, the beginnings of the same windows. 0 windows leave a way out. new_tokens: of greedy continuations.
+    baselines: other formats beside ours, see `baselines.BASELINES`; None: the level's, an empty list: none.
+    tasks: of lm-evaluation-harness, which must be installed, see `tasks.run_tasks`; tasks_path: a folder of their YAML files;
+        task_limit: examples of each.
+    graphs: decode our modes through `foldkv.Engine`, where each step is one captured graph; default on a GPU.
     seed: of text that the model writes; by default one that the calibration did not use. text_column: of a .jsonl file.
     gates: see `gates.parse_gate`. setup: entries of the set-up stamp that the caller knows better ("model", "command").
+    work_dir: keep finished runs here, and go on from those of an earlier call that was cut short.
     progress: called with (what is being done, steps done, steps in all); on_result: with way, mode and figures, as they
         come, "noise.split" and "noise.stock" for those of the noise floor.
 
     The model is restored after each mode, also on an error. Errors: ArgumentError, ScaleFileError, CalibrationError (bad
     data), UnsupportedModelError, each before anything is run where that can be told.
     """
-    ways = make_ways(num_windows, window_len, decode_windows, decode_len)
-    _check_sizes(model, ways)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+    sizes = effort(level).fit(
+        limit, windows=num_windows, window_len=window_len, decode_windows=decode_windows, decode_len=decode_len,
+        chunked_windows=None if num_windows is None else min(num_windows, effort(level).chunked_windows),
+        new_tokens=new_tokens,
+    )  # fmt: skip
+    ways = make_ways(
+        sizes.windows, sizes.window_len, sizes.decode_windows, sizes.decode_len, sizes.chunked_windows,
+        model.device.type == "cuda" if graphs is None else graphs,
+    )  # fmt: skip
+    _check_sizes(model, ways, limit)
+    if tasks:
+        check_installed()
+        if tokenizer is None:
+            raise ArgumentError(describe("tasks", "a tokenizer beside them", "none", "pass tokenizer="))
     scales, scales_facts = _load_scales(scales, model)
     base, sources = make_sources(model, modes, scales)
+    names = None if baselines is None and sizes.baselines else list(baselines or ())
+    others, left_out = make_baselines(names, _head_dim(model), scales)
+    refused = base.refuses_decode(model, sizes.decode_len) if any(way.graphs for way in ways) else None
+    if refused is not None:
+        if graphs:
+            raise ArgumentError(describe("graphs", "a model that foldkv.Engine serves", refused))
+        ways = [replace(way, graphs=False) for way in ways]
+        left_out.append(f"CUDA graphs, as foldkv.Engine refuses the model: {refused}")
+    extras = extra_paths(sizes)
     for gate in gates:
-        check_gate(gate, [source.name for source in sources], [way.name for way in ways])
+        check_gate(gate, [source.name for source in sources], [way.name for way in ways], extras)
     text = make_text(
         model, tokenizer, data, max(way.windows for way in ways), max(way.length for way in ways),
         seed=seed, scales=scales, text_column=text_column, progress=progress,
     )  # fmt: skip
-    done, total = 0, total_tokens(ways, len(sources))
-
-    def advance(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        if progress is not None:
-            progress("measuring", done, total)
-
-    runs: dict[str, dict[str, TokenScores]] = {}
-    probes: dict[str, dict[str, Probe]] = {source.name: {} for source in (base, *sources)}
+    facts = stamp(model) | {"scales": scales_facts, "data": text.facts, "seed": text.seed, "level": level}
+    facts |= {"ways": [asdict(way) for way in ways], "sizes": asdict(sizes), "left_out": left_out}
+    partial = Partial(None if work_dir is None else Path(work_dir), _fingerprint(model, scales, facts, work_dir))
     with warnings.catch_warnings():
         # Said once, as a note of the report.
         warnings.filterwarnings("ignore", message="foldkv: sequences are now longer", category=UserWarning)
-        for way in ways:
-            for source in (base, *sources):
-                if source.kernels:
-                    probes[source.name][way.name] = _probe(model, source, way, text.ids)
-            runs[way.name] = evaluate(
-                model, text.ids, way, base, sources, advance=advance,
-                on_result=lambda way, run, scores: on_result(way, run, summarise(scores)),
-            )  # fmt: skip
-    facts = stamp(model) | {"scales": scales_facts, "data": text.facts, "seed": text.seed}
-    facts |= {"ways": [asdict(way) for way in ways], **(setup or {})}
-    result = AccuracyReport(assemble(base, sources, runs, probes, facts, scales))
+        found = measure(
+            model, text.ids, base, sources, others, ways, sizes, scales, partial, progress=progress, on_result=on_result
+        )
+        if tokenizer is not None:
+            args = (tokenizer, found, partial, [base, *sources])
+            _needle(model, *args, limit if sizes.needle else 0)
+            _tasks(model, *args, tasks, tasks_path, task_limit)
+    facts |= {"resumed": partial.resumed, **(setup or {})}
+    result = AccuracyReport(assemble(base, sources, others, found, facts, scales))
     result.check_gates(gates)
     return result
 
@@ -181,22 +218,75 @@ def make_sources(
     return source(BASE_MODE), sources
 
 
-def _check_sizes(model: PreTrainedModel, ways: Sequence[Way]) -> None:
+def _needle(
+    model: PreTrainedModel, tokenizer: Any, found: Found, partial: Partial, sources: Sequence[CacheSource], limit: float
+) -> None:
+    """Pass keys of every source, up to `limit` tokens; 0: none."""
+    for source in sources if limit else ():
+        grid = partial.value(
+            f"needle-{source.name}",
+            lambda source=source: needle_grid(model, tokenizer, source, limit),  # type: ignore[misc]
+        )
+        found.details.setdefault(source.name, {})["needle"] = grid
+
+
+def _tasks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    found: Found,
+    partial: Partial,
+    sources: Sequence[CacheSource],
+    tasks: Sequence[str],
+    path: str | os.PathLike[str] | None,
+    limit: int | None,
+) -> None:
+    """Scores of every source in every task."""
+    key = f"{','.join(tasks)}-{limit}"
+    for source in sources if tasks else ():
+        found.details.setdefault(source.name, {})["tasks"] = partial.value(
+            f"tasks-{source.name}-{key}",
+            lambda source=source: run_tasks(model, tokenizer, source, tasks, include_path=path, limit=limit),  # type: ignore[misc]
+        )
+
+
+def _check_sizes(model: PreTrainedModel, ways: Sequence[Way], limit: float) -> None:
     if model.training:
         raise ArgumentError(describe("model", "one in eval mode", "one in training mode", "call model.eval()"))
     if not ways:
         raise ArgumentError(describe("windows", "at least one, for prefill or for decode", "none"))
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
     for way in ways:
         if not 2 <= way.length <= limit:
             wanted = f"2 .. {limit} tokens, the model's maximum" if limit < float("inf") else "at least 2 tokens"
             raise ArgumentError(describe(f"length of {way.name} windows", wanted, str(way.length)))
 
 
-def _probe(model: PreTrainedModel, source: CacheSource, way: Way, ids: Tensor) -> Probe:
-    """Three passes the way's way over the beginning of the first window: 3 tokens, or 3 whole beginnings."""
-    length = min(way.length, 3 if way.chunk == 1 else 48)
-    return probe(model, source, ids[:1, :length], min(way.chunk, length))
+def _head_dim(model: PreTrainedModel) -> int:
+    """The smallest head of the model, by which baselines with blocks are chosen."""
+    from foldkv.hf.models import kv_shapes
+
+    return min(head_dim for _, head_dim in kv_shapes(model.config.get_text_config(decoder=True)))
+
+
+def _fingerprint(
+    model: PreTrainedModel, scales: KVScales | None, facts: dict[str, Any], work_dir: object
+) -> dict[str, Any]:
+    """All that a finished run depends on; dates, commands and names are no part of it."""
+    if work_dir is None:
+        return {}
+    keys = (
+        "model_config_sha256",
+        "dtype",
+        "device_name",
+        "kernels",
+        "versions",
+        "commit",
+        "data",
+        "seed",
+        "ways",
+        "sizes",
+    )
+    digests = {"weights": weights_digest(model), "scales": scales_digest(scales)}
+    return {key: facts[key] for key in keys} | digests
 
 
 def _load_scales(
@@ -210,3 +300,8 @@ def _load_scales(
         digest = file_sha256(Path(scales) / SCALES_FILE) if (Path(scales) / SCALES_FILE).is_file() else None
         scales = KVScales.load(scales, model.config)
     return scales, {"calibrated_len": scales.calibrated_len, "sha256": digest}
+
+
+__all__ = [
+    "BASE_MODE", "DEFAULT_MODES", "AccuracyReport", "Effort", "accuracy_report", "make_sources", "write_files",
+]  # fmt: skip

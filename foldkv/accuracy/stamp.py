@@ -24,17 +24,31 @@ if TYPE_CHECKING:
 
 def stamp(model: PreTrainedModel) -> dict[str, Any]:
     """Facts about the model, the machine and the software; the caller may know better about "model" and "command"."""
-    device = model.device
     return {
         "model": Path(model.config.name_or_path).name or type(model).__name__,
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "model_config_sha256": model_hash(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **machine(model.device),
+        **software(),
+        "command": None,
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device and kernels."""
+    return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "kernels": _kernels(device.type),
+    }
+
+
+def software() -> dict[str, Any]:
+    """Versions, commit and date."""
+    return {
         "versions": {
             "foldkv": __version__,
             "python": platform.python_version(),
@@ -42,7 +56,6 @@ def stamp(model: PreTrainedModel) -> dict[str, Any]:
             "transformers": metadata.version("transformers"),
         },
         "commit": _commit(),
-        "command": None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

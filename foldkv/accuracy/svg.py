@@ -70,10 +70,15 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 @dataclass
 class Drawing:
-    """An SVG picture of WIDTH x HEIGHT units that scales with the page; `title` is its text for screen readers."""
+    """An SVG picture of `width` x `height` units that scales with the page, or, `natural`, is never larger than that.
+
+    title: its text for screen readers.
+    """
 
     title: str
     height: float = HEIGHT
+    width: float = WIDTH
+    natural: bool = False
     parts: list[str] = field(default_factory=list)
 
     def element(self, name: str, content: str | None = None, **attributes: Any) -> None:
@@ -96,6 +101,22 @@ class Drawing:
         place = f'cx="{_number(x)}" cy="{_number(y)}" r="{_number(radius)}"'
         self.parts.append(f'<circle class="{escape(class_)}" {place}><title>{escape(hint)}</title></circle>')
 
+    def diamond(self, x: float, y: float, class_: str, hint: str, radius: float = 4.5) -> None:
+        """A square mark on its corner."""
+        corners = ((x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y))
+        points = " ".join(f"{_number(a)},{_number(b)}" for a, b in corners)
+        self.parts.append(
+            f'<polygon class="{escape(class_)}" points="{points}"><title>{escape(hint)}</title></polygon>'
+        )
+
+    def box(self, x: float, y: float, width: float, height: float, class_: str, hint: str) -> None:
+        """A filled rectangle."""
+        place = " ".join(
+            f'{key}="{_number(float(value))}"'
+            for key, value in (("x", x), ("y", y), ("width", width), ("height", height))
+        )
+        self.parts.append(f'<rect class="{escape(class_)}" {place}><title>{escape(hint)}</title></rect>')
+
     def path(self, points: Sequence[tuple[float, float]], class_: str) -> None:
         """A line through `points`."""
         self.element("polyline", points=" ".join(f"{_number(x)},{_number(y)}" for x, y in points), class_=class_)
@@ -116,7 +137,9 @@ class Drawing:
 
     def svg(self) -> str:
         """The markup."""
-        box = f'viewBox="0 0 {WIDTH} {_number(self.height)}" role="img" aria-label="{escape(self.title)}"'
+        box = f'viewBox="0 0 {_number(self.width)} {_number(self.height)}" role="img" aria-label="{escape(self.title)}"'
+        if self.natural:
+            box += f' style="max-width: {_number(self.width)}px"'
         return f"<svg {box}>{''.join(self.parts)}</svg>"
 
 

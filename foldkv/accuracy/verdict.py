@@ -5,16 +5,18 @@ The limits stand in `LEVELS` and the constants below, nowhere else; the report p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from quant.spec import CONTROL_MODE
 
-from .gates import WAYS
+from .crosscheck import CrossCheck
+from .gates import PRESETS, WAYS
 from .metrics import TokenScores
 from .probe import Probe
-from .summary import block_mean, worst
+from .summary import block_mean, students_t, worst
 
 
 class Level(NamedTuple):
@@ -52,6 +54,15 @@ CONTROL_OVER_FLOOR = 20.0
 """... and this many noise floors."""
 WAYS_RATIO = 3.0
 """Prefill and decode over the same positions may differ by this factor in mean KLD."""
+REFERENCE_SHARE = 0.25
+"""A mode's KLD from its reference may be this share of the reference's own from the base ..."""
+REFERENCE_NOISE = 10.0
+"""... and this many times what rounding does to the base, measured the same way, besides ..."""
+REFERENCE_FLIPS = 4.0
+"""... and this many times the geometric mean of both: rounding that moves a value by e flips its code, a step s, with
+probability e / s, which adds 12 e / s of the quantisation's own variance s^2 / 12, where e^2 is the rounding's."""
+REFERENCE_LEAST = 1e-7
+"""... and this much, nats, in any case."""
 SAME_SHARE = 0.5
 """Share of positions with logits equal to the last bit beyond which a quantised cache cannot have been used."""
 
@@ -69,23 +80,60 @@ class Check:
         return asdict(self)
 
 
+def rank(level: str) -> int:
+    """0 for the strictest level; one more for each weaker one, then `NOT_RECOMMENDED`, then `SUSPECT`."""
+    return [*PRESETS, NOT_RECOMMENDED, SUSPECT].index(level)
+
+
 def grade(entry: Mapping[str, Any], levels: Sequence[Level]) -> dict[str, Any]:
-    """The level of a mode's JSON entry, with the rule it met and whether a figure lies within two errors of a limit."""
+    """The level of a mode's JSON entry, with the rule it met and whether a figure's 95 % interval holds a limit."""
     ways = [entry[way] for way in WAYS if way in entry]
     kld, top1 = (worst(key, [way[key] for way in ways]) for key in ("kld_mean", "top1_agreement"))
     if kld is None or top1 is None:
-        return {"level": NOT_RECOMMENDED, "rule": "figures are not finite", "borderline": False}
+        return _graded(NOT_RECOMMENDED, "figures are not finite", False)
     kld_error, top1_error = (max(way[key] or 0.0 for way in ways) for key in ("kld_se", "top1_se"))
+    times = students_t(min(way.get("windows") or 2 for way in ways))
     borderline = any(
-        abs(kld - level.max_kld) <= 2 * kld_error or abs(top1 - level.min_top1) <= 2 * top1_error for level in levels
+        abs(kld - level.max_kld) <= times * kld_error or abs(top1 - level.min_top1) <= times * top1_error
+        for level in levels
     )
     for level in levels:
         if kld <= level.max_kld and top1 >= level.min_top1:
             rule = f"mean KLD {kld:.2g} <= {level.max_kld:.2g} and top-1 {top1:.2%} >= {level.min_top1:.2%}"
-            return {"level": level.name, "rule": rule, "borderline": borderline}
+            return _graded(level.name, rule, borderline)
     last = levels[-1]
     high, low = f"mean KLD {kld:.2g} > {last.max_kld:.2g}", f"top-1 {top1:.2%} < {last.min_top1:.2%}"
-    return {"level": NOT_RECOMMENDED, "rule": high if kld > last.max_kld else low, "borderline": borderline}
+    return _graded(NOT_RECOMMENDED, high if kld > last.max_kld else low, borderline)
+
+
+def _graded(level: str, rule: str, borderline: bool) -> dict[str, Any]:
+    return {"level": level, "level_rank": rank(level), "rule": rule, "borderline": borderline}
+
+
+ANSWERS = {"lossless": "yes", "near-lossless": "yes", "usable": "with care", NOT_RECOMMENDED: "no", SUSPECT: "no"}
+"""May a mode be used? By its level."""
+
+
+def answer(entry: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, str]:
+    """{"answer": "yes", "with care" or "no", "why": a sentence for someone who asks whether to use the mode}."""
+    level, said = entry["level"], ANSWERS[entry["level"]]
+    if entry["control"]:
+        return {"answer": "no", "why": "the control, which must fail"}
+    if level == SUSPECT:
+        return {"answer": "no", "why": "a check of the harness failed for this mode: its figures mean nothing"}
+    why = {
+        "lossless": "what it changes cannot be told from rounding, or nearly so",
+        "near-lossless": "it changes the most likely token less than once in a hundred",
+        "usable": "it visibly changes what the model says",
+        NOT_RECOMMENDED: "it changes the model too much",
+    }[level]
+    if entry["borderline"]:
+        why += "; close to a limit, so more text could change the answer"
+    text = details.get("parts") or {}
+    k, v = (text.get(part, {}).get("kld_mean") for part in ("k_only", "v_only"))
+    if said != "yes" and k is not None and v is not None and max(k, v) > 3 * min(k, v):
+        why += f"; nearly all of it comes from {'K' if k > v else 'V'}"
+    return {"answer": said, "why": why}
 
 
 def control_check(modes: Mapping[str, Mapping[str, Any]], floor: float | None) -> Check:
@@ -131,11 +179,24 @@ def exercised_checks(name: str, runs: Mapping[str, Mapping[str, TokenScores]]) -
     return checks
 
 
+def reference_checks(name: str, found: Mapping[str, CrossCheck]) -> list[Check]:
+    """A mode's logits must be near those of the reference for the same formats and scales, each way."""
+    checks = []
+    for way, one in found.items():
+        flips = REFERENCE_FLIPS * math.sqrt(one.own_kld * one.noise)
+        bar = REFERENCE_SHARE * one.own_kld + REFERENCE_NOISE * one.noise + flips + REFERENCE_LEAST
+        ok = one.kld <= bar
+        text = f"{name}, {way}: KLD {_number(one.kld)} from what the reference gives for the same formats, at most {bar:.2g}"
+        fault = ": the cache is not read as it should, or not this mode's"
+        checks.append(Check(f"reference_{way}", ok, text + ("" if ok else fault), name))
+    return checks
+
+
 def ways_check(name: str, runs: Mapping[str, Mapping[str, TokenScores]], floor: float | None) -> Check | None:
     """Prefill and decode store the same codes, so over the positions both scored they must agree. None with one way."""
-    if len(runs) < 2:
+    if not {"prefill", "decode"} <= runs.keys():
         return None
-    both = [runs[way][name] for way in WAYS]
+    both = [runs[way][name] for way in ("prefill", "decode")]
     windows, positions = (min(getattr(x, key) for x in both) for key in ("num_windows", "num_positions"))
     prefill, decode = (x.crop(windows, positions).kld for x in both)
     a, b = block_mean(prefill).value, block_mean(decode).value
@@ -197,8 +258,8 @@ def headline(modes: Mapping[str, Mapping[str, Any]], checks: Sequence[Check]) ->
 
 
 def _size(name: str, entry: Mapping[str, Any]) -> str:
-    return f"{name} ({entry['bits_per_element']:.3g} bits, {entry['capacity_ratio']:.2g}x the tokens)"
+    return f"{name} ({entry['bits_per_element']:.3g} bits, {entry['capacity_ratio']:.3g}x the tokens)"
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.2g}"
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.2g}"

@@ -10,6 +10,7 @@ from foldkv.version import __version__
 
 from .bench import bench
 from .calibrate import calibrate
+from .compare import compare
 from .doctor import doctor
 from .generate import generate
 from .inspect import inspect
@@ -43,7 +44,7 @@ def _main(
     del version
 
 
-for _command in (calibrate, inspect, generate, report, bench, plan, models, doctor, rewrite):
+for _command in (calibrate, inspect, generate, report, compare, bench, plan, models, doctor, rewrite):
     app.command()(_command)
 app.command("export")(export)
 app.command("import")(import_)

@@ -34,15 +34,35 @@ def split_modes(text: str) -> list[str]:
 
 @cli_errors()
 def report(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id; with --ops it may be left out."),
+    ] = None,
     kv: Annotated[str, typer.Option(help="Modes to measure, comma-separated; per layer: c4,0:c8.")] = "c8,k8v4,c4",
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.md, report.html.")] = Path("report"),
+    level: Annotated[str, typer.Option(help="quick, standard or full: how much is measured.")] = "standard",
+    ops: Annotated[
+        bool,
+        typer.Option(
+            "--ops", help="Measure the attention ops alone, replayed at growing lengths: ops.json, .md, .html."
+        ),
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="Text, .txt or .jsonl (default: the model writes its own)")] = None,
     scales: Annotated[Path | None, typer.Option(help="Folder of the calibration (default: MODEL/kv_cache)")] = None,
-    windows: Annotated[int, typer.Option(min=0, help="Windows appended in one piece (prefill).")] = 8,
-    window_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
-    decode_windows: Annotated[int, typer.Option(min=0, help="Windows decoded token by token.")] = 8,
-    decode_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 256,
+    windows: Annotated[int | None, typer.Option(min=0, help="Windows appended in one piece, and in chunks.")] = None,
+    window_len: Annotated[int | None, typer.Option(min=2, help="Tokens of each.")] = None,
+    decode_windows: Annotated[int | None, typer.Option(min=0, help="Windows decoded token by token.")] = None,
+    decode_len: Annotated[int | None, typer.Option(min=2, help="Tokens of each.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens of greedy continuations; 0: none.")] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(help="Other formats beside ours: all, none, or names: fp8,q4_0 (default: the level's)."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness (pip install lm_eval), scored through the cache.")
+    ] = None,
+    tasks_path: Annotated[Path | None, typer.Option(help="Folder of their YAML files, for tasks of your own.")] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows, for a quick look.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Compute dtype (default: float32 on a CPU, else the checkpoint's)")
@@ -53,33 +73,53 @@ def report(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Field of a .jsonl file that holds the text.")] = "text",
     fail_if: Annotated[
-        list[str] | None, typer.Option(help='Exit with 3 if it holds: "c8.kld_mean > 0.001". May be repeated.')
+        list[str] | None,
+        typer.Option(
+            help='Exit with 3 if it holds: "c8.kld_mean > 0.001"; or where a mode is worse than a level: near-lossless, '
+            "c8:lossless. May be repeated."
+        ),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget results of an earlier run that was cut short.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Write report.json to stdout too.")] = False,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
 ) -> None:
-    """Measure what cache modes cost: KL divergence, top-1 agreement, perplexity, beside a noise floor and a control."""
-    modes = split_modes(kv)
-    cap = limit if limit is not None else max(windows, decode_windows)
-    windows, decode_windows = min(windows, cap), min(decode_windows, cap)
-    gates = _check_usage(modes, fail_if or [], windows, decode_windows)
-    folder = scales if scales is not None else Path(model) / KV_CACHE_DIR
-    if not folder.is_dir():
-        fix = f"run foldkv calibrate {shlex.quote(model)}, or name its folder with --scales"
-        raise ArgumentError(describe("scales", f"the folder {folder}, which the control needs", "none", fix))
+    """Measure what cache modes cost: KL divergence, top-1 agreement, perplexity, beside a noise floor and a control.
 
+    A run that is cut short goes on where it stopped when the same command is given again.
+    """
+    modes = split_modes(kv)
+    if ops:
+        from .report_ops import report_ops
+
+        report_ops(model, modes, out, scales=scales, data=data, level=level, dtype=dtype, device=device, fail_if=fail_if,
+                   json=json, watch=not no_progress and not json)  # fmt: skip
+        return
+    if model is None:
+        raise UsageError(describe("MODEL", "a checkpoint directory or hub id", "none", "or give --ops"))
+    sizes = _sizes(level, limit, num_windows=windows, decode_windows=decode_windows)
+    gates = _check_usage(modes, fail_if or [], level, sizes | {"new_tokens": new_tokens})
+    folder = scales_folder(model, scales)
     from foldkv.accuracy import accuracy_report
+    from foldkv.accuracy.baselines import all_names
+    from foldkv.accuracy.partial import Partial
     from foldkv.hf import load_model
 
+    names = {None: None, "all": all_names(), "none": []}.get(baselines, (baselines or "").split(","))
+    if fresh:
+        Partial(out, {}).clear()
     loaded, tokenizer = load_model(model, dtype or ("float32" if device == "cpu" else "auto"), device)
-    with _bar(not no_progress and not json) as (advance, tell):
+    with _resumable(out), progress_bar(not no_progress and not json) as (advance, tell):
         result = accuracy_report(
-            loaded, modes, data, tokenizer=tokenizer, scales=folder, num_windows=windows, window_len=window_len,
-            decode_windows=decode_windows, decode_len=decode_len, seed=seed, text_column=text_column, gates=gates,
-            setup={"model": model, "command": "foldkv " + shlex.join(sys.argv[1:])},
-            progress=advance, on_result=tell,
+            loaded, modes, data, tokenizer=tokenizer, scales=folder, level=level, window_len=window_len,
+            decode_len=decode_len, new_tokens=new_tokens, baselines=names, seed=seed, text_column=text_column, gates=gates,
+            setup={"model": model, "command": "foldkv " + shlex.join(sys.argv[1:])}, work_dir=out,
+            tasks=tasks.split(",") if tasks else (), tasks_path=tasks_path, task_limit=task_limit,
+            progress=advance, on_result=tell, num_windows=sizes["num_windows"], decode_windows=sizes["decode_windows"],
         )  # fmt: skip
     paths = result.save(out)
+    Partial(out, {}).clear()
     if json:
         emit_json(result.data)
     else:
@@ -88,36 +128,80 @@ def report(
     _judge(result)
 
 
-def _check_usage(modes: list[str], fail_if: list[str], windows: int, decode_windows: int) -> list[Any]:
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says, when a run is cut short, that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = f"stopped; finished runs are in {out}: the same command goes on from there"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        raise
+
+
+def scales_folder(model: str, scales: Path | None) -> Path:
+    """The folder of the calibration. ArgumentError where there is none."""
+    folder = scales if scales is not None else Path(model) / KV_CACHE_DIR
+    if not folder.is_dir():
+        fix = f"run foldkv calibrate {shlex.quote(model)}, or name its folder with --scales"
+        raise ArgumentError(describe("scales", f"the folder {folder}, which the control needs", "none", fix))
+    return folder
+
+
+def _sizes(level: str, limit: int | None, **asked: int | None) -> dict[str, int | None]:
+    """Numbers of windows: those asked for, else the level's, never more than `limit`. UsageError for an unknown level."""
+    from foldkv.accuracy.effort import effort
+
+    try:
+        own = effort(level)
+    except ArgumentError as error:
+        raise UsageError(str(error)) from error
+    if limit is not None:
+        defaults = {"num_windows": own.windows, "decode_windows": own.decode_windows}
+        asked = {key: min(limit, defaults[key] if value is None else value) for key, value in asked.items()}
+    if asked["num_windows"] == 0 and asked["decode_windows"] == 0:
+        raise UsageError(describe("--windows and --decode-windows", "one of them above 0", "0 and 0"))
+    return asked
+
+
+def _check_usage(modes: list[str], fail_if: list[str], level: str, sizes: dict[str, int | None]) -> list[Any]:
     """The gates; UsageError for what can be told to be wrong before anything is loaded."""
-    from foldkv.accuracy.gates import check_gate, parse_gate
+    from foldkv.accuracy.effort import effort
+    from foldkv.accuracy.evaluate import CHUNK
+    from foldkv.accuracy.gates import check_gate, parse_gates
+    from foldkv.accuracy.measure import extra_paths
     from quant.spec import CONTROL_MODE, parse_modes
 
     if not modes:
         raise UsageError(describe("--kv", "at least one mode", "none"))
-    ways = [way for way, count in (("prefill", windows), ("decode", decode_windows)) if count]
-    if not ways:
-        raise UsageError(describe("--windows and --decode-windows", "one of them above 0", "0 and 0"))
+    given = {"windows": sizes["num_windows"], **sizes}
+    fitted = effort(level).fit(float("inf"), **{key: given[key] for key in ("windows", "decode_windows", "new_tokens")})
+    ways = [way for way, count in (("prefill", fitted.windows), ("decode", fitted.decode_windows)) if count]
+    ways += ["chunked"] if fitted.chunked_windows and fitted.windows and fitted.window_len > CHUNK else []
     try:
         for mode in modes:
             parse_modes(mode, num_layers=sys.maxsize, plan="c8")
-        gates = [parse_gate(text) for text in fail_if]
+        own = [mode for mode in modes if mode != CONTROL_MODE]
+        gates = parse_gates(fail_if, own)
         for gate in gates:
-            check_gate(gate, [*(mode for mode in modes if mode != CONTROL_MODE), CONTROL_MODE], ways)
+            check_gate(gate, [*own, CONTROL_MODE], ways, extra_paths(fitted))
     except ArgumentError as error:
         raise UsageError(str(error)) from error
     return gates
 
 
 @contextmanager
-def _bar(wanted: bool) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str, str, dict[str, Any]], None]]]:
+def progress_bar(
+    wanted: bool,
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str, str, dict[str, Any]], None]]]:
     """A progress bar, and a line for each result as it comes; nothing where nobody watches."""
     if not wanted or not console.is_terminal:
         yield (lambda what, done, total: None), (lambda way, mode, figures: None)
         return
-    from rich.progress import Progress, TimeRemainingColumn
+    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=console, transient=True) as bar:
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(what: str, done: int, total: int) -> None:
@@ -134,23 +218,25 @@ def _bar(wanted: bool) -> Iterator[tuple[Callable[[str, int, int], None], Callab
         yield advance, tell
 
 
+def say(text: str, style: str | None = None) -> None:
+    """A line of the result, on stdout."""
+    output.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def _print(result: AccuracyReport) -> None:
-    """How it was measured, the verdict and the table, on stdout."""
+    """How it was measured, the answers and the table, on stdout."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     from foldkv.accuracy import present
 
-    def say(text: str, style: str | None = None) -> None:
-        output.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
     for line in present.how(result.data):
         say(line)
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("mode", "level", "bits", "tokens", "KLD", "99 %", "same top-1", "PPL"):
+    for name in ("mode", "use it?", "level", "bits", "KLD", "same top-1", "PPL"):
         table.add_column(name, no_wrap=True)
     for row in present.mode_rows(result.data):
-        keys = ("name", "level", "bits", "capacity", "kld_alone", "p99", "top1_alone", "ppl_alone")
+        keys = ("name", "answer", "level", "bits", "kld_alone", "top1_alone", "ppl_alone")
         table.add_row(*(row[key] for key in keys))
     output.print(table)
     say("The worst of the ways; (?): no difference shown. " + present.noise_text(result.data))

@@ -210,6 +210,7 @@ class Engine:
             for sequence in sequences:
                 self.cancel(sequence)
             raise
+        self.scheduler.drain()  # steps launched before their end was known
         return [sequence.output for sequence in sequences]
 
     def stream(
@@ -229,6 +230,7 @@ class Engine:
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
+            self.scheduler.drain()
 
     def _submit_all(self, prompts: Iterable[Any], params: Any, options: dict[str, Any]) -> list[Sequence]:
         prompts = list(prompts)
@@ -260,6 +262,7 @@ class Engine:
         if tokens.dim() != 2 or not 1 <= tokens.shape[0] <= self.max_batch or not 1 <= prefill < tokens.shape[1]:
             wanted = f"[n <= {self.max_batch}, t > prefill >= 1]"
             raise ArgumentError(describe("tokens to score", wanted, f"{list(tokens.shape)}, prefill {prefill}"))
+        self.scheduler.drain()
         if not self.scheduler.is_idle:
             raise ArgumentError(describe("engine", "no other sequences while it scores", "some", "run() it first"))
         return self._score(tokens, prefill)

@@ -24,6 +24,7 @@ WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, 
 LENGTHS = (5, 130, 3, 17, 40, 64, 65, 1, 300)
 # On a CPU without graphs "graphs=True" would be an error in no case, so both engines are the same there.
 GRAPHS = True if ON_GPU else None
+TIE = 0.1  # of a logit in 16 bits: within it, rounding by the batch decides between two tokens
 # Copies a number from the host at each step in some versions of transformers.
 MAY_FAIL = {"gemma3n_text"}
 
@@ -102,7 +103,7 @@ def test_continuous_batching_through_graphs(llama: PreTrainedModel) -> None:
     ):
         want = [alone.generate([p], own)[0] for p, own in zip(prompts, params, strict=True)]
         got = engine.generate(prompts, params)
-        same = [check_same_or_tied(alone, prompt, a, b, 0.1) for prompt, a, b in zip(prompts, want, got, strict=True)]
+        same = [check_same_or_tied(alone, prompt, a, b, TIE) for prompt, a, b in zip(prompts, want, got, strict=True)]
         check_empty(engine)
     assert any(same)
 
@@ -147,12 +148,11 @@ def test_a_late_stop_token_costs_no_wrong_token(llama: PreTrainedModel) -> None:
         params = [SamplingParams(40, stop_token_ids=(stop,)) for stop in stops]
         got = engine.generate(prompts, params)
         check_empty(engine)
-    same = 0
-    for row, stop, tokens in zip(want, stops, got, strict=True):
-        assert tokens[-1] == stop or len(tokens) == 40, "it ends with its stop token, or it never came"
-        assert stop not in tokens[:-1], "nothing is heard of a row after its end"
-        same += tokens == row[: row.index(stop) + 1]
-    assert same >= 2, "a smaller bucket may round otherwise, but not everywhere"
+        for prompt, row, stop, tokens in zip(prompts, want, stops, got, strict=True):
+            assert tokens[-1] == stop or len(tokens) == 40, "it ends with its stop token, or it never came"
+            assert stop not in tokens[:-1], "nothing is heard of a row after its end"
+            # A smaller bucket may round otherwise, which decides where two tokens are as good as tied.
+            check_same_or_tied(engine, prompt, row[: row.index(stop) + 1], tokens, TIE)
 
 
 @cuda_only
@@ -190,7 +190,7 @@ def test_the_pool_is_sized_from_free_memory(llama: PreTrainedModel) -> None:
 
 
 def test_soak() -> None:
-    soak, restore = make_soak(DEVICE, "c8d" if ON_GPU else "c32", tolerance=0.1 if ON_GPU else None)
+    soak, restore = make_soak(DEVICE, "c8d" if ON_GPU else "c32", tolerance=TIE if ON_GPU else None)
     counts = soak.run(lambda number: number >= (12 if ON_GPU else 2))
     restore()
     print(dict(counts))

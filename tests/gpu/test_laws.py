@@ -145,12 +145,15 @@ def test_a_static_grid_gives_the_same_bits(mode: str) -> None:
     assert int(plan.buffer[10]) == 1 and is_split(plan)
     assert same_bits(batch.attend(plan), want)
     assert same_bits(batch.attend(static_plan(batch, max_seq_len=100_000)), want)
-    lengths, results = batch.seq_lens.clone(), []
-    batch.seq_lens.clamp_(max=1)
-    plan.update(batch.seq_lens, torch.zeros_like(batch.cu_seqlens_q))
+    buffers, results = (batch.seq_lens, batch.cu_seqlens_q), []
+    real = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        buffer.zero_()
+    plan.update(*buffers)
     replay = capture(lambda: results.append(batch.attend(plan)))
-    batch.seq_lens.copy_(lengths)
-    plan.update(batch.seq_lens, batch.cu_seqlens_q)
+    for buffer, numbers in zip(buffers, real, strict=True):
+        buffer.copy_(numbers)
+    plan.update(*buffers)
     replay()
     assert same_bits(results[-1], want)
 
