@@ -160,8 +160,8 @@ def _why(best: dict[str, Any], rows: list[dict[str, Any]], budget: Budget) -> st
     uniform = [row for row in rows if row["name"] in UNIFORM and row["kld"] is not None]
     rivals = [row for row in uniform if row["bits"] <= best["bits"] + 1e-9 and row is not best]
     text = f"within {budget}: KLD {best['kld']:.2e} at {best['bits']:.3f} bits on held-out text"
-    if best in uniform:
-        return f"{text}; no map per layer was better than {best['name']} everywhere"
+    if best["mode"] in UNIFORM:
+        return f"{text}; no map per layer was better than {best['mode']} everywhere"
     if not rivals:
         return f"{text}; no uniform mode is as small"
     rival = min(rivals, key=lambda row: row["kld"])
