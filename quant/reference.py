@@ -59,7 +59,9 @@ def round_up_to_bf16(x: Tensor) -> Tensor:
 def _finite(x: Tensor, bound: Tensor | float) -> Tensor:
     """NaN becomes 0, +-inf becomes +-bound."""
     x = torch.where(torch.isnan(x), torch.zeros_like(x), x)
-    return torch.where(torch.isinf(x), torch.copysign(torch.as_tensor(bound, dtype=x.dtype).expand_as(x), x), x)
+    return torch.where(
+        torch.isinf(x), torch.copysign(torch.as_tensor(bound, dtype=x.dtype, device=x.device).expand_as(x), x), x
+    )
 
 
 def _dynamic_scale(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
