@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from quant.errors import ArgumentError, CalibrationError, describe
 from quant.scales import KVScales, LayerStats, model_facts, model_hash
-from quant.spec import KVSpec, LayerSpecs, parse_modes
+from quant.spec import Format, KVSpec, LayerSpecs, parse_modes
 
 from .collect import Snapshot, check_model, collect, eval_mode, text_config
 from .data import Data, Windows, load_windows, write_windows
 from .data_free import bias_stats
 from .drift import drift, to_json
-from .estimators import DEFAULT, Estimator, Target, estimate, parse_estimators
+from .estimators import DEFAULT, ESTIMATORS, Estimator, Target, estimate, parse_estimators
 from .provenance import now, versions, weight_index_hash
 from .sequences import LayerSequences, SequenceSample
 
@@ -42,7 +42,7 @@ def calibrate(
     *,
     tokenizer: Any = None,
     mode: str | KVSpec | LayerSpecs | Mapping[int | str, str | KVSpec] = "c8",
-    estimator: str = DEFAULT,
+    estimator: str | None = None,
     num_samples: int | None = None,
     max_seq_len: int | None = None,
     max_position: int | None = None,
@@ -59,7 +59,7 @@ def calibrate(
         None: the model writes its own text.
     tokenizer: the model's; needed for text. mode: whose static scales are stored; the statistics serve any other too.
     estimator: how the ranges of static scales are chosen: a name of `calib.estimators.ESTIMATORS`, or `K/V` of two;
-        "bias" reads no text: see `calib.data_free`.
+        "bias" reads no text: see `calib.data_free`. Default: see `default_estimator`.
     num_samples, max_seq_len: windows and their tokens; default 64 (16 where the model writes) of 1024, or of the
         model's maximum if that is less. batch_size: windows per forward.
     max_position: positions that the scales shall hold for; default max_seq_len. Windows are spread over them by
@@ -91,8 +91,8 @@ def calibrate(
                 attach_static(layer, specs[idx], parse_estimators(DEFAULT), None)
         facts = {"source": "none, the weights alone", "max_position": positions}
         return KVScales(layers, origin(model, specs, estimator, facts))
-    estimators = parse_estimators(estimator)
-    whole = any(found.needs == "sequences" for found in estimators)
+    chosen = _chosen(specs, text_config(model).num_hidden_layers, estimator)
+    whole = any(found.needs == "sequences" for pair in chosen.values() for found in pair)
     sequences = SequenceSample.spread(samples) if whole else None
 
     windows = text_windows(
@@ -106,7 +106,7 @@ def calibrate(
     )  # fmt: skip
     for idx, layer in enumerate(layers):
         if layer is not None:
-            attach_static(layer, specs[idx], estimators, sequences.layers.get(idx) if sequences else None)
+            attach_static(layer, specs[idx], chosen[idx], sequences.layers.get(idx) if sequences else None)
     drifts: dict[str, Any] = {}
     if snapshot.layers and snapshot.sequences < samples:
         drifts["samples"] = {"first": snapshot.sequences, **to_json(drift(snapshot.layers, layers))}
@@ -125,7 +125,33 @@ def calibrate(
         "max_position": positions,
         "seed": seed,
     } | ({"drift": drifts} if drifts else {})
-    return KVScales(layers, origin(model, specs, estimator, facts))
+    return KVScales(layers, origin(model, specs, _name(chosen), facts))
+
+
+def default_estimator(fmt: Format, tensor: str) -> str:
+    """What serves a static format of K or V (`tensor`, "k" or "v") best: min .. max, but at 4 bits per channel, where
+    range is dear, the percentiles for K and the attention's output for V (docs/accuracy.md has the figures)."""
+    dear = fmt.scaling == "channel" and fmt.element.bits < 8
+    return DEFAULT if not dear else "percentile" if tensor == "k" else "attention_output"
+
+
+def _chosen(specs: LayerSpecs, num_layers: int, asked: str | None) -> dict[int, tuple[Estimator, Estimator]]:
+    """The estimators of K and of V of every layer."""
+    if asked is not None:
+        return dict.fromkeys(range(num_layers), parse_estimators(asked))
+    return {
+        idx: (
+            ESTIMATORS[default_estimator(specs[idx].k, "k")],
+            ESTIMATORS[default_estimator(specs[idx].v, "v")],
+        )
+        for idx in range(num_layers)
+    }
+
+
+def _name(chosen: dict[int, tuple[Estimator, Estimator]]) -> str:
+    """The estimators in a word: NAME, K/V, or where layers differ all of them."""
+    names = {k.name if k is v else f"{k.name}/{v.name}" for k, v in chosen.values()}
+    return ", ".join(sorted(names))
 
 
 def origin(model: PreTrainedModel, specs: LayerSpecs, estimator: str, data: dict[str, Any]) -> dict[str, Any]:

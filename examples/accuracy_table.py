@@ -68,8 +68,9 @@ def main() -> None:
     if "controls" in wanted:
         modes |= {name: replace(spec, name=name) for name, spec in controls().items()}
     named = {name: parse_modes(mode, count) for name, mode in modes.items()}
+    different = list({specs.name: specs for specs in named.values()}.values())  # a plan may be a uniform mode
     report = accuracy_report(
-        model, list(named.values()), arguments.data, tokenizer=tokenizer, scales=scales,
+        model, different, arguments.data, tokenizer=tokenizer, scales=scales,
         num_windows=arguments.windows, window_len=arguments.window_len, decode_windows=0,
     )  # fmt: skip
     print("| | bits | mean KLD | 99 % | top-1 | perplexity | map |\n|---|---|---|---|---|---|---|")

@@ -228,11 +228,21 @@ def test_sampled_sequences_are_those_of_the_model() -> None:
 def test_calibrate_takes_estimators(name: str) -> None:
     model, ids = tiny_model(), tokens(4, 32)
     scales = calibrate(model, ids, mode="c4s", estimator=name, num_samples=4, max_seq_len=32)
-    plain = calibrate(model, ids, mode="c4s", num_samples=4, max_seq_len=32)
+    plain = calibrate(model, ids, mode="c4s", estimator="minmax", num_samples=4, max_seq_len=32)
     assert scales.config["estimator"] == name and plain.config["estimator"] == "minmax"
     for a, b in ((scales[0].k, plain[0].k), (scales[0].v, plain[0].v)):
         assert a.static is not None and b.static is not None
         assert a.static.fmt == b.static.fmt and not torch.equal(a.static.scale, b.static.scale)
+
+
+def test_the_default_is_what_serves_the_formats_of_the_mode() -> None:
+    model, ids = tiny_model(), tokens(4, 32)
+    wanted = {
+        "c8": "minmax", "c4": "percentile/minmax", "c4s": "percentile/attention_output", "c4x": "minmax", "c4r": "minmax",
+        "c8,1:c4s": "minmax, percentile/attention_output",
+    }  # fmt: skip
+    for mode, name in wanted.items():
+        assert calibrate(model, ids, mode=mode, num_samples=4, max_seq_len=32).config["estimator"] == name
 
 
 # --- without data -----------------------------------------------------------------------------------------------------

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 WINDOWS, HELD_OUT, WINDOW_LEN = 4, 6, 512
 """Windows that costs are measured on, windows that the maps are compared on, tokens of each."""
 _TRIES = 4
-ESTIMATOR = "percentile/attention_output"
-"""What serves static 4-bit formats best (docs/accuracy.md)."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,8 @@ def _why(best: dict[str, Any], rows: list[dict[str, Any]], budget: Budget) -> st
     uniform = [row for row in rows if row["name"] in UNIFORM and row["kld"] is not None]
     rivals = [row for row in uniform if row["bits"] <= best["bits"] + 1e-9 and row is not best]
     text = f"within {budget}: KLD {best['kld']:.2e} at {best['bits']:.3f} bits on held-out text"
-    if best in uniform:
-        return f"{text}; no map per layer was better than {best['name']} everywhere"
+    if best["mode"] in UNIFORM:
+        return f"{text}; no map per layer was better than {best['mode']} everywhere"
     if not rivals:
         return f"{text}; no uniform mode is as small"
     rival = min(rivals, key=lambda row: row["kld"])
@@ -188,7 +186,7 @@ def calibrate_auto(
     *,
     tokenizer: Any = None,
     budget: Budget | None = None,
-    estimator: str = ESTIMATOR,
+    estimator: str | None = None,
     num_samples: int | None = None,
     max_seq_len: int | None = None,
     seed: int = 0,

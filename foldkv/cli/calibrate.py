@@ -41,7 +41,8 @@ def calibrate(
     memory: Annotated[str | None, typer.Option(help="auto: bytes for the cache, as 8GiB, of --tokens tokens.")] = None,
     tokens: Annotated[int, typer.Option(help="auto: tokens that --memory shall hold.")] = 131072,
     estimator: Annotated[
-        str | None, typer.Option(help="Ranges of static scales, NAME or K/V: minmax (default), percentile, mse, ...")
+        str | None,
+        typer.Option(help="Ranges of static scales, NAME or K/V: minmax, percentile, mse, ... (default: by mode)"),
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(help="Windows of text; default 64, or 16 where the model writes them.")
