@@ -79,7 +79,7 @@ def main() -> None:
         way = entry["prefill"]
         shown = f"`{specs.name}`" if name.startswith("plan") else ""
         print(
-            f"| {name} | {entry['bits_per_element']:.3f} | {way['kld_mean']:.2e} +- {way['kld_se']:.0e} | {way['kld_p99']:.1e} "
+            f"| {name} | {entry['bits_per_element']:.3f} | {way['kld_mean']:.2e} +- {way['kld_se'] or float('nan'):.0e} | {way['kld_p99']:.1e} "
             f"| {way['top1_agreement']:.2%} | {way['ppl_change']:+.2%} | {shown} |"
         )
 
