@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from calib import calibrate
     from foldkv.accuracy import AccuracyReport, accuracy_report
     from foldkv.auto import Budget, calibrate_auto
-    from foldkv.engine import Engine, SamplingParams, explain
-    from foldkv.hf import FoldCache, KVSwap, load_model, swap_kv_cache
+    from foldkv.engine import Engine, SamplingParams, explain, swap_kv_cache
+    from foldkv.hf import FoldCache, KVSwap, load_model
     from quant.cache import PagedKVCache
     from quant.errors import FoldkvError
     from quant.scales import KVScales
@@ -44,7 +44,7 @@ _HOMES = {
     "MODES": "quant.spec",
     "PagedKVCache": "quant.cache",
     "SamplingParams": "foldkv.engine",
-    "swap_kv_cache": "foldkv.hf",
+    "swap_kv_cache": "foldkv.engine",  # which serves generate() of the swapped model
 }
 
 

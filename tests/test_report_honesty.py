@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from foldkv.accuracy import AccuracyReport, accuracy_report
 from foldkv.accuracy.emulate import Codec, EmulatedCache, emulated_attention, spec_codecs
-from foldkv.accuracy.sources import ModeSource, NewCache
+from foldkv.accuracy.mode_source import ModeSource
+from foldkv.accuracy.sources import NewCache
 from foldkv.hf.cache import FoldLayer
 from quant import ops
 from quant.pages import SCALE

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .gates import Gate, GateResult, parse_gate
+    from .mode_source import ModeSource
     from .report import AccuracyReport, accuracy_report
-    from .sources import CacheSource, ModeSource, StockSource
+    from .sources import CacheSource, StockSource
 
 _HOMES = {
     "AccuracyReport": "report",
     "CacheSource": "sources",
     "Gate": "gates",
     "GateResult": "gates",
-    "ModeSource": "sources",
+    "ModeSource": "mode_source",
     "StockSource": "sources",
     "accuracy_report": "report",
     "parse_gate": "gates",

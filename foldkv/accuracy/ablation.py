@@ -15,7 +15,8 @@ from quant.spec import KVSpec, LayerSpecs
 
 from .emulate import Codec, Codecs, EmulatedSource, pick_heads, spec_codecs
 from .evaluate import Way, evaluate
-from .sources import CacheSource, ModeSource
+from .mode_source import ModeSource
+from .sources import CacheSource
 from .summary import block_mean, finite
 
 if TYPE_CHECKING:

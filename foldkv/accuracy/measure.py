@@ -17,9 +17,10 @@ from .effort import Effort
 from .evaluate import Way, evaluate
 from .generation import Texts, marks
 from .metrics import TokenScores
+from .mode_source import ModeSource
 from .partial import Partial
 from .probe import Probe, probe
-from .sources import CacheSource, ModeSource
+from .sources import CacheSource
 from .summary import summarise
 from .windows import Progress
 

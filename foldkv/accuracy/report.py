@@ -24,9 +24,10 @@ from .effort import Effort, effort
 from .evaluate import Way, make_ways
 from .gates import Gate, GateResult, check_gate, evaluate_gate
 from .measure import Found, OnResult, extra_paths, measure
+from .mode_source import ModeSource
 from .needle import needle_grid
 from .partial import Partial, scales_digest, weights_digest
-from .sources import CacheSource, ModeSource
+from .sources import CacheSource
 from .stamp import file_sha256, stamp
 from .tasks import check_installed, run_tasks
 from .windows import Progress, make_text

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foldkv.accuracy.evaluate import evaluate, make_ways, total_tokens
-from foldkv.accuracy.sources import ModeSource
+from foldkv.accuracy.mode_source import ModeSource
 from foldkv.accuracy.summary import summarise
 from quant.scales import KVScales
 from quant.spec import LayerSpecs, parse_modes

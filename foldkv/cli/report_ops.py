@@ -9,7 +9,7 @@ from pathlib import Path
 from quant.errors import ArgumentError, describe
 
 from .common import GateError, UsageError, console, emit_json
-from .report import progress_bar, say, scales_folder
+from .report_parts import progress_bar, say, scales_folder
 
 
 def report_ops(

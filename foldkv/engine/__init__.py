@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from foldkv.hf.swap import swap_kv_cache
+
 from .engine import Engine
 from .generation import Explanation, explain
 from .memory import MemoryPlan, format_bytes, parse_bytes, pool_size
@@ -19,4 +21,5 @@ __all__ = [
     "format_bytes",
     "parse_bytes",
     "pool_size",
+    "swap_kv_cache",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foldkv.hf.swap import KVSwap, current_swap
+from foldkv.hf.swap import KVSwap, current_swap, serve_generate
 from quant.errors import FoldkvError, UnsupportedModelError
 
 from .build import check_rope
@@ -95,6 +95,9 @@ def generate(swap: KVSwap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     padded = torch.tensor([[*tokens, *[job.pad] * (width - len(tokens))] for tokens in new])
     inputs = job.inputs.repeat_interleave(job.copies, 0)
     return torch.cat((inputs, padded.to(inputs.device)), dim=1)
+
+
+serve_generate(generate)
 
 
 def _engine_for(swap: KVSwap, rows: int, longest: int) -> Engine:

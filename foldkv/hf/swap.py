@@ -330,19 +330,28 @@ def _forward_of(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+Generator = Callable[["KVSwap", tuple[Any, ...], dict[str, Any]], Any]
+_generators: list[Generator] = []
+
+
+def serve_generate(generator: Generator) -> None:
+    """Have `generate` of swapped models ask `generator(swap, args, kwargs)` first; it gives None for what it cannot serve."""
+    _generators.append(generator)
+
+
 def _generate_of(model: PreTrainedModel) -> Callable[..., Any]:
-    """`generate` of a swapped model: on the engine where it can serve the call, else transformers' own."""
+    """`generate` of a swapped model: the engine's where that can serve the call, else transformers' own."""
     own: Callable[..., Any] | None = model.__dict__.get("generate")
     stock = type(model).generate
 
     @functools.wraps(stock)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        from foldkv.engine.generation import generate as on_engine  # the engine stands on the swap
-
         swap = current_swap(self)
-        found = None if swap is None or own is not None else on_engine(swap, args, kwargs)
-        if found is not None:
-            return found
+        if swap is not None and own is None:
+            for generator in _generators:
+                found = generator(swap, args, kwargs)
+                if found is not None:
+                    return found
         return stock(self, *args, **kwargs) if own is None else own(*args, **kwargs)
 
     return generate

@@ -1,0 +1,69 @@
+"""A mode of foldkv as a source of the report: through the swap, and beside it through the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quant.errors import UnsupportedModelError
+from quant.spec import KVSpec, LayerSpecs
+
+from .emulate import EmulatedSource, spec_codecs
+from .sources import CacheSource, NewCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from quant.scales import KVScales
+
+
+class ModeSource(CacheSource):
+    """A mode of foldkv, through `swap_kv_cache`."""
+
+    kernels = True
+
+    def __init__(self, name: str, specs: LayerSpecs, scales: KVScales | None) -> None:
+        super().__init__(name)
+        self.specs = specs
+        self.scales = scales
+        self.quantised = any(_is_quantised(spec) for spec in (specs.default, *specs.layers.values()))
+
+    @contextmanager
+    def open(self, model: PreTrainedModel) -> Iterator[NewCache]:
+        from foldkv.hf.swap import swap_kv_cache
+
+        with swap_kv_cache(model, self.specs, scales=self.scales) as swap:
+            yield swap.new_cache
+
+    def decode(self, model: PreTrainedModel, ids: Tensor, prefill: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """Through `foldkv.Engine`: on a GPU each step is one replay, on a CPU the same code without graphs."""
+        from foldkv.engine import Engine
+
+        with Engine(model, max_batch=ids.shape[0], max_seq_len=ids.shape[1], buckets=(ids.shape[0],)) as engine:
+            for position, logits in enumerate(engine.score(ids, prefill), prefill - 1):
+                yield position, logits[:, None]
+
+    def refuses_decode(self, model: PreTrainedModel, length: int) -> str | None:
+        """What the engine says to the model; an engine for one sequence is made to find out."""
+        from foldkv.engine import Engine
+
+        try:
+            with self.open(model), Engine(model, max_batch=1, max_seq_len=length):
+                return None
+        except UnsupportedModelError as error:
+            return str(error)
+
+    def reference(self) -> CacheSource:
+        """The same formats and scales through `quant.reference`, with neither the swap nor a kernel."""
+        return EmulatedSource(f"{self.name}.reference", spec_codecs(self.specs, self.scales), 0.0)
+
+    def describe(self) -> dict[str, Any]:
+        spec = self.specs.default
+        layers = {str(i): f"{layer.k} / {layer.v}" for i, layer in sorted(self.specs.layers.items())}
+        return {"k_format": str(spec.k), "v_format": str(spec.v)} | ({"layer_formats": layers} if layers else {})
+
+
+def _is_quantised(spec: KVSpec) -> bool:
+    return spec.k.element.is_integer or spec.v.element.is_integer
