@@ -1,4 +1,5 @@
-"""The ops: `foldkv::append_kv`, `plan`, `append_attention`, `merge`, `copy_pages`, in `torch.library`.
+"""The ops: `foldkv::append_kv`, `plan`, `append_attention`, `merge`, `copy_pages`, in `torch.library`; and the reference
+launch `append_attention_static_grid`, which a plan with `Capacity.static_grid` asks for.
 
 Schemas stand here; the extension `quant._C` brings the kernels, and where it has none `quant.fallback` does, in PyTorch.
 The functions of this module take the tensors grouped as `LayerPages` and `Plan`, and fill in defaults.

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from quant.scales import KVScales
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,3 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fixed_seed() -> None:
     """Each test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """The tiny model of the report's tests; other files have models of their own."""
+    from report_helpers import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def scales(model: PreTrainedModel) -> KVScales:
+    from report_helpers import tiny_scales
+
+    return tiny_scales(model)

@@ -61,7 +61,9 @@ def test_opcheck_append_attention(batch: Batch) -> None:
     tables = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q, None, plan.buffer, plan.workspace)
     for lse, sinks in ((None, None), (torch.zeros(out.shape[:2]), torch.randn(2))):
         options = (out, lse, sinks, 0.2, -1, 0.0, *codes(batch.pages))
-        torch.library.opcheck(foldkv.append_attention, (batch.q, *cache_args(batch.pages), *tables, *options))
+        arguments = (batch.q, *cache_args(batch.pages), *tables, *options)
+        torch.library.opcheck(foldkv.append_attention, arguments)
+        torch.library.opcheck(foldkv.append_attention_static_grid, (*arguments, plan.capacity.num_workers))
 
 
 def test_opcheck_merge() -> None:

@@ -17,7 +17,6 @@ from report_helpers import (
     coarse,
     save_checkpoint,
     tiny_model,
-    tiny_scales,
     token_windows,
 )
 from transformers import PreTrainedModel
@@ -33,16 +32,6 @@ from quant.scales import KVScales
 from quant.spec import MODES
 
 SIZES = {"num_windows": 4, "window_len": 40, "decode_windows": 4, "decode_len": 16}
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def scales(model: PreTrainedModel) -> KVScales:
-    return tiny_scales(model)
 
 
 @pytest.fixture(scope="module")

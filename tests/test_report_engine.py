@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report_helpers import tiny_model, tiny_scales, token_windows
+from report_helpers import token_windows
 from transformers import PreTrainedModel
 
 from foldkv.accuracy import AccuracyReport, accuracy_report, evaluate
@@ -11,16 +11,6 @@ from quant.errors import ArgumentError, UnsupportedModelError
 from quant.scales import KVScales
 
 SIZES = {"num_windows": 0, "decode_windows": 4, "decode_len": 24}
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def scales(model: PreTrainedModel) -> KVScales:
-    return tiny_scales(model)
 
 
 def report(model: PreTrainedModel, scales: KVScales, graphs: bool | None) -> AccuracyReport:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from report_helpers import tiny_model, tiny_scales, token_windows
+from report_helpers import token_windows
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
@@ -22,16 +22,6 @@ from quant.errors import ArgumentError
 from quant.scales import KVScales
 
 SIZES = {"num_windows": 4, "window_len": 160, "decode_windows": 4, "decode_len": 12, "new_tokens": 8}
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def scales(model: PreTrainedModel) -> KVScales:
-    return tiny_scales(model)
 
 
 def make(model: PreTrainedModel, scales: KVScales, **options: Any) -> AccuracyReport:

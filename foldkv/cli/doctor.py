@@ -57,8 +57,9 @@ def _isa(found: Diagnosis) -> str:
 
 def _section(title: str, facts: dict[str, str]) -> None:
     _line(f"[bold]{escape(title)}[/]")
+    width = max([22, *map(len, facts)]) + 2
     for name, value in facts.items():
-        _line(f"  {name:<24}{escape(value or '-')}")
+        _line(f"  {name:<{width}}{escape(value or '-')}")
 
 
 def _line(text: str) -> None:
