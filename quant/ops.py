@@ -32,7 +32,8 @@ SCHEMAS = {
     + "Tensor slot_mapping, Tensor? cos, Tensor? sin, Tensor? positions, bool interleaved, Tensor(e!)? nonfinite, "
     "int k_format, int v_format, int page_size) -> ()",
     "plan": "(Tensor seq_lens, Tensor cu_seqlens_q, Tensor? seq_starts, Tensor(a!) plan, int window_left, "
-    "int chunk_size, int tile_q, int num_workers, int max_items, int max_tiles, int max_partials) -> ()",
+    "int chunk_size, int tile_q, int num_workers, int max_items, int max_tiles, int max_partials, "
+    "int max_batch, int grouped_q) -> ()",
     "append_attention": f"({_ATTENTION}) -> ()",
     "append_attention_static_grid": f"({_ATTENTION}, int grid_workers) -> ()",
     "merge": "(Tensor o, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()",

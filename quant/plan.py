@@ -1,21 +1,30 @@
 """Fixed-size launches: what is known before any batch (`Capacity`) and the work list of one step (`Plan`).
 
 The planner cuts every sequence's queries into tiles and its keys into chunks of `chunk_size` tokens. Chunk borders depend
-on the sequence's own length alone. A run of chunks from a tile's first one is folded in registers; any other run writes one
-partial per chunk; the merge reads them in chunk order. All cuts give the same bits, so the planner is free to choose them.
+on the sequence's own length alone. On a GPU the chunks of a sequence with few new tokens (`Capacity.grouped_q`) come in
+groups of `GROUP_CHUNKS`, counted from token 0; elsewhere all chunks of a tile are one group. A row's result is the fold of
+its groups, left to right, each the fold of its chunks. A run of chunks from a group's first one is folded in registers and
+gives one partial; any other run writes one partial per chunk; the merge reads them in chunk order. All cuts give the same
+bits, so the planner is free to choose them.
 
-The plan buffer is int32: a header of 12 (number of items, of merges, of partials used, index of the first merge, status,
-chunk units, chunk size, tile_q, index of the first item, num_workers, units of a worker's share, the most queries of a tile
-among the merges), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count,
-chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start, seq_len, 0), then
-merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query, zeros). All units lie in a row, tile after
-tile; worker w has the items that begin in its share w * share .. (w + 1) * share - 1.
+A tile costs its tokens, in units of 64, and `ITEM_COST` for what comes beside them. All tiles lie in a row of cost; its
+first chunk lies where the tile begins, the others `ITEM_COST` later. Shares of the row are equal, but for a sixteenth that
+may be added so that cuts fall between tiles of the smallest cost (`make_share`). Worker w has the items that begin in the
+w-th share.
+
+The plan buffer is int32: a header of 16 (number of items, of merges, of partials used, index of the first merge, status,
+cost of all tiles, chunk size, tile_q, index of the first item, num_workers, a worker's share rounded up, the most queries
+of a tile and the most parts among the merges, zeros), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count,
+chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start, seq_len, chunks of a
+group or 0), then merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query, zeros).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import InitVar, dataclass, field
+from fractions import Fraction
+from math import ceil, floor
 from typing import NamedTuple
 
 import torch
@@ -24,10 +33,15 @@ from torch import Tensor
 from .errors import ArgumentError, describe
 from .spec import check_head_dim, check_page_size
 
-HEADER, ENTRY = 12, 12
+HEADER, ENTRY = 16, 12
 MAX_WORKERS = 1 << 20
 _STATUS = 4  # of the header; csrc/core/schedule.h has the values
 CHUNK_SIZE = 256
+GROUP_CHUNKS = 8
+# Query rows up to which a GPU keeps a sequence's chunks in groups; csrc/cuda/attend_shape.cuh has the same number.
+GROUPED_ROWS = 8
+# What a planner counts: tokens in units of COST_TOKENS, and what a tile costs beside them.
+COST_TOKENS, ITEM_COST = 64, 4
 # Query rows of a tile: what the CPU keeps in registers; what a block on a GPU makes one pass over the keys with.
 TILE_ROWS = {"cpu": 16, "cuda": 64}
 # Blocks of 128 threads that each multiprocessor of a GPU holds at a time.
@@ -47,6 +61,8 @@ class PlanLimits(NamedTuple):
     max_items: int
     max_tiles: int
     max_partials: int
+    max_batch: int
+    grouped_q: int
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,8 @@ class Capacity:
     total_tokens: cached tokens of all readers together, by default those of the pool; num_workers: how many runs the
     planner aims for (threads or blocks for each kv head), which changes who computes, never the result; tile_rows: query
     rows (tokens times heads of a group) that share one pass over the keys. `for_device` chooses the last two.
-    static_grid: on a GPU, a block for each chunk that the largest batch could have, most of which find nothing to do: the
-    seed of this design, for comparison. It gives the same bits.
+    chunk_groups: a GPU's, see above; it changes how sums are grouped. static_grid: on a GPU, a block for each chunk that the
+    largest batch could have, most of which find nothing to do: the seed of this design, for comparison. It gives the same bits.
     """
 
     max_batch: int
@@ -73,6 +89,7 @@ class Capacity:
     chunk_size: int = CHUNK_SIZE
     tile_rows: int = TILE_ROWS["cpu"]
     static_grid: bool = False
+    chunk_groups: bool = False
 
     @classmethod
     def for_device(cls, device: torch.device | str, *, static_grid: bool = False, **sizes: int) -> Capacity:
@@ -80,14 +97,17 @@ class Capacity:
         device = torch.device(device)
         h_kv = sizes["h_kv"]
         if static_grid:
-            workers = sizes["max_batch"] * _ceil_div(sizes["max_seq_len"], CHUNK_SIZE)
+            workers = sizes["max_batch"] * (
+                _ceil_div(sizes["max_seq_len"], CHUNK_SIZE) + ITEM_COST * COST_TOKENS // CHUNK_SIZE
+            )
         elif device.type == "cuda":
             lanes = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
             workers = max(1, lanes // h_kv)
         else:
             workers = _ceil_div(4 * torch.get_num_threads(), h_kv)
         rows = TILE_ROWS.get(device.type, TILE_ROWS["cpu"])
-        return cls(**{"num_workers": workers, "tile_rows": rows, **sizes}, static_grid=static_grid)
+        groups = device.type == "cuda"
+        return cls(**{"num_workers": workers, "tile_rows": rows, **sizes}, static_grid=static_grid, chunk_groups=groups)
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
@@ -122,10 +142,16 @@ class Capacity:
         return _ceil_div(self.total_tokens, self.chunk_size) + min(self.max_q_tokens, self.max_batch * self.tile_q)
 
     @property
+    def grouped_q(self) -> int:
+        """New tokens of a sequence up to which its chunks come in groups."""
+        return GROUPED_ROWS * self.h_kv // self.h_q if self.chunk_groups else 0
+
+    @property
     def limits(self) -> PlanLimits:
         return PlanLimits(
-            self.chunk_size, self.tile_q, self.num_workers, self.max_items, self.max_tiles, self.max_partials
-        )
+            self.chunk_size, self.tile_q, self.num_workers, self.max_items, self.max_tiles, self.max_partials,
+            self.max_batch, self.grouped_q,
+        )  # fmt: skip
 
     @property
     def plan_ints(self) -> int:
@@ -134,8 +160,10 @@ class Capacity:
 
     @property
     def workspace_floats(self) -> int:
-        """fp32 numbers of the workspace: per partial and query head the running maximum, the sum, and `d` outputs."""
-        return self.max_partials * self.h_q * (self.head_dim + 2)
+        """fp32 numbers of the workspace: per partial and query head the running maximum, the sum, and `d` outputs; then, per
+        sequence and kv head, the fold over groups that a GPU's block is at."""
+        groups = self.max_batch * self.h_kv * 128 * (8 * _ceil_div(self.head_dim, 128) + 4)
+        return self.max_partials * self.h_q * (self.head_dim + 2) + groups
 
 
 def item_at(num_workers: int) -> int:
@@ -143,15 +171,63 @@ def item_at(num_workers: int) -> int:
     return HEADER + 4 * _ceil_div(num_workers + 1, 4)
 
 
-def tile_chunks(
-    seq_len: int, q_len: int, q_begin: int, q_count: int, start: int, window_left: int, chunk_size: int
-) -> tuple[int, int]:
-    """First and one-past-last chunk that the tile's queries can see; mirror of `csrc/core/schedule.h`."""
+def tile_keys(seq_len: int, q_len: int, q_begin: int, q_count: int, start: int, window_left: int) -> tuple[int, int]:
+    """First and one-past-last key that the tile's queries can see; mirror of `csrc/core/schedule.h`."""
     first_query = seq_len - q_len + q_begin
     end = min(first_query + q_count, seq_len)
-    begin = start if window_left < 0 else max(start, first_query - window_left)
-    begin = max(begin, 0)
-    return (0, 0) if begin >= end else (begin // chunk_size, _ceil_div(end, chunk_size))
+    begin = max(0, start if window_left < 0 else max(start, first_query - window_left))
+    return (begin, end) if begin < end else (0, 0)
+
+
+def make_share(total: int, smallest: int, num_workers: int) -> Fraction:
+    """A worker's share of all cost: equal shares, and a little more where cuts then fall on borders of the smallest tile, or
+    divide it evenly."""
+    chunk = CHUNK_SIZE // COST_TOKENS
+    least = max(_ceil_div(total, num_workers), chunk)
+    if smallest <= 0:
+        return Fraction(least)
+    pieces = min(smallest * num_workers // total, smallest // chunk)  # workers for each of the smallest tiles
+    even = Fraction(smallest, pieces) if pieces else Fraction(_ceil_div(least, smallest) * smallest)
+    return even if (even - least) * 16 <= least else Fraction(least)
+
+
+class _Tile(NamedTuple):
+    """A tile of queries; keys and chunks that it sees; its cost, and where in all cost it begins."""
+
+    seq: int
+    q_begin: int
+    q_count: int
+    keys: tuple[int, int]
+    where: list[int]
+    at: int
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        return self.keys[0] // CHUNK_SIZE, _ceil_div(self.keys[1], CHUNK_SIZE)
+
+    @property
+    def cost(self) -> int:
+        return ITEM_COST + _ceil_div(self.keys[1], COST_TOKENS) - self.keys[0] // COST_TOKENS
+
+    def place(self, chunk: int) -> int:
+        """Where in all cost a chunk of the tile begins."""
+        inside = ITEM_COST + chunk * (CHUNK_SIZE // COST_TOKENS) - self.keys[0] // COST_TOKENS
+        return self.at + (inside if chunk > self.chunks[0] else 0)
+
+    def cuts(self, share: Fraction) -> list[int]:
+        """Chunks that fall to another worker than the chunk before them."""
+        workers = {chunk: floor(self.place(chunk) / share) for chunk in range(*self.chunks)}
+        return [chunk for chunk in range(self.chunks[0] + 1, self.chunks[1]) if workers[chunk] != workers[chunk - 1]]
+
+    def parts(self, group: int, cuts: list[int], begin: int, end: int) -> int:
+        """Partials of each query that chunks begin .. end - 1 write: one for each run from a group's first chunk, one for
+        each other chunk."""
+        count, folding = 0, False
+        for chunk in range(begin, end):
+            first = chunk == self.chunks[0] or (group > 0 and chunk % group == 0)
+            folding = first or (folding and chunk not in cuts)
+            count += first or not folding
+        return count
 
 
 def reference_plan(
@@ -162,46 +238,49 @@ def reference_plan(
     window_left: int = -1,
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:
     """Items, merges, and the header with the workers' first items, by the definition; what every planner must give."""
-    tiles = []
+    tiles: list[_Tile] = []
+    total = 0
     for b, seq_len in enumerate(seq_lens):
         row, q_len = cu_seqlens_q[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b]
         for q_begin in range(0, q_len, limits.tile_q):
             q_count = min(limits.tile_q, q_len - q_begin)
             start = max(0, starts[b]) if starts else 0
-            span = tile_chunks(seq_len, q_len, q_begin, q_count, start, window_left, limits.chunk_size)
-            where = [row + q_begin, seq_len - q_len + q_begin, start, seq_len, 0]
-            tiles.append((b, q_begin, q_count, *span, where))
-    units = [max(1, tile[4] - tile[3]) for tile in tiles]
-    per_worker = max(1, _ceil_div(sum(units), limits.num_workers))
+            keys = tile_keys(seq_len, q_len, q_begin, q_count, start, window_left)
+            group = GROUP_CHUNKS if q_len <= limits.grouped_q else 0
+            where = [row + q_begin, seq_len - q_len + q_begin, start, seq_len, group]
+            tiles.append(_Tile(b, q_begin, q_count, keys, where, total))
+            total += tiles[-1].cost
+    share = make_share(total, min((tile.cost for tile in tiles), default=0), limits.num_workers)
     items: list[list[int]] = []
     merges: list[list[int]] = []
-    begins: list[int] = []  # where among all units each item begins
-    begun, wanted, used = 0, 0, 0
-    for (b, q_begin, q_count, first, last, where), size in zip(tiles, units, strict=True):
-        # Cut where a worker's share of the concatenated units ends.
-        cuts = [first + c - begun for c in range((begun // per_worker + 1) * per_worker, begun + size, per_worker)]
-        offset = begun - first
-        begun += size
+    begins: list[int] = []  # where in all cost each item begins
+    wanted, used = 0, 0
+    for tile in tiles:
+        b, q_begin, q_count, _, where, _ = tile
+        first, last = tile.chunks
+        group, cuts = where[-1], tile.cuts(share)
         if cuts:
-            parts = 1 + last - cuts[0]
+            parts = tile.parts(group, cuts, first, last)
             fits = wanted + parts * q_count <= limits.max_partials
             partial, wanted = wanted, wanted + parts * q_count
             cuts = cuts if fits else []
         if not cuts:
             items.append([b, q_begin, q_count, first, last, -1, 1, *where])
-            begins.append(first + offset)
+            begins.append(tile.at)
             continue
         used = wanted
         merges.append([b, q_begin, q_count, partial, parts, where[0], *[0] * 6])
         for begin, end in zip([first, *cuts], [*cuts, last], strict=True):
-            slot = partial if begin == first else partial + (1 + begin - cuts[0]) * q_count
-            items.append([b, q_begin, q_count, begin, end, slot, int(begin == first), *where])
-            begins.append(begin + offset)
+            slot = partial + tile.parts(group, cuts, first, begin) * q_count
+            folds = begin == first or (group > 0 and begin % group == 0)
+            items.append([b, q_begin, q_count, begin, end, slot, int(folds), *where])
+            begins.append(tile.place(begin))
     first_item = item_at(limits.num_workers)
     merge_at = first_item + ENTRY * limits.max_items
-    header = [len(items), len(merges), used, merge_at, 0, begun, limits.chunk_size, limits.tile_q]
-    header += [first_item, limits.num_workers, per_worker, max((merge[2] for merge in merges), default=0)]
-    header += [bisect_left(begins, worker * per_worker) for worker in range(limits.num_workers + 1)]
+    header = [len(items), len(merges), used, merge_at, 0, total, limits.chunk_size, limits.tile_q]
+    header += [first_item, limits.num_workers, ceil(share)]
+    header += [max((merge[i] for merge in merges), default=0) for i in (2, 4)] + [0] * 3
+    header += [bisect_left(begins, ceil(worker * share)) for worker in range(limits.num_workers + 1)]
     return items, merges, header
 
 

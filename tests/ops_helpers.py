@@ -168,8 +168,9 @@ class Source:
     def capacity(self, **changes: Any) -> Capacity:
         """Room for the batches of the tests; tiles are the device's own, the workers few, so that short batches split."""
         heads = self.h_kv * self.group, self.h_kv, self.d
-        tile_rows = TILE_ROWS[torch.device(self.device).type]
-        base = Capacity(8, 256, 4096, 16384, *heads, self.page_size, num_workers=8, tile_rows=tile_rows)
+        kind = torch.device(self.device).type
+        of_device = {"tile_rows": TILE_ROWS[kind], "chunk_groups": kind == "cuda"}
+        base = Capacity(8, 256, 4096, 16384, *heads, self.page_size, num_workers=8, **of_device)
         return replace(base, **changes)
 
 

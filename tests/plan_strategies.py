@@ -23,6 +23,6 @@ def steps(draw: st.DrawFn, device_type: str = "cpu") -> Step:
     total = draw(st.one_of(st.just(max(1, sum(lengths))), st.integers(1, 3000)))  # honest, or too small to split all
     capacity = Capacity(
         max(1, batch), max(1, sum(q_lens)), 20 * CHUNK_SIZE, total, h_kv * group, h_kv, 64, 16, draw(WORKERS),
-        tile_rows=TILE_ROWS[device_type],
+        tile_rows=TILE_ROWS[device_type], chunk_groups=draw(st.booleans()),
     )  # fmt: skip
     return Step(capacity, lengths, q_lens, starts, window)

@@ -71,13 +71,14 @@ void check_plan(const AttendParams& p, int64_t plan_ints) {
     const int start = p.seq_starts != nullptr ? p.seq_starts[b] : 0;
     for (int q_begin = 0; q_begin < q_len; q_begin += tile_q) {
       const int q_count = q_len - q_begin < tile_q ? q_len - q_begin : tile_q;
-      const ChunkSpan span = tile_chunks(p.seq_lens[b], q_len, q_begin, q_count, start, p.window_left, kChunkSize);
+      const ChunkSpan span = chunks_of(tile_keys(p.seq_lens[b], q_len, q_begin, q_count, start, p.window_left));
       int chunk = span.begin;
       do {
         if (item == last || item->seq != b || item->q_begin != q_begin || item->q_count != q_count ||
             item->chunk_begin != chunk || item->chunk_end > span.end || item->chunk_end < chunk) {
           fail_stale();
         }
+        if (item->group != 0) fail("plan: expected one without chunk groups on a CPU; use Capacity.for_device");
         chunk = item->chunk_end;
       } while (item++->chunk_begin < chunk && chunk < span.end);
       if (chunk != span.end) fail_stale();
@@ -134,7 +135,8 @@ AttendParams attend_params(const AttendTensors& t, double softmax_scale, int64_t
   p.plan = static_cast<const int32_t*>(t.plan.const_data_ptr());
   p.plan_ints = t.plan.size(0);
   p.workspace = static_cast<float*>(t.workspace.mutable_data_ptr());
-  p.max_partials = t.workspace.size(0) / partial_floats(p.h_q, p.d);
+  const int64_t groups = int64_t{p.batch} * p.h_kv * group_floats(p.d), floats = t.workspace.size(0) - groups;
+  p.max_partials = floats > 0 ? floats / partial_floats(p.h_q, p.d) : 0;
   check(softcap >= 0.0, "softcap: expected a number >= 0, got ", softcap);
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.softcap = static_cast<float>(softcap);

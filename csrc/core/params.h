@@ -41,7 +41,8 @@ struct PlanParams {
   const int32_t* cu_seqlens_q;  // [batch + 1]
   const int32_t* seq_starts;    // [batch], nullable
   int32_t* plan;
-  int batch, window_left, chunk_size, tile_q, num_workers, max_items, max_tiles;
+  int batch, window_left, tile_q, num_workers, max_items, max_tiles;
+  int grouped_q;                // sequences with at most so many new tokens have their chunks in groups
   int64_t max_partials;
 };
 
@@ -53,7 +54,7 @@ struct AttendParams {
   const int32_t* cu_seqlens_q;  // [batch + 1]
   const int32_t* seq_starts;    // [batch], nullable
   const int32_t* plan;
-  float* workspace;             // max_partials * partial_floats(h_q, d)
+  float* workspace;             // max_partials * partial_floats(h_q, d), then batch * h_kv * group_floats(d)
   void* out;                    // [num_rows, h_q, d] contiguous, dtype of q
   float* lse;                   // [num_rows, h_q], nullable
   const float* sinks;           // [h_q], nullable

@@ -7,10 +7,14 @@
 namespace foldkv {
 
 constexpr int kChunkSize = 256;  // tokens; 255 * 32767 * 256 < 2^31 keeps a chunk's integer sums exact
+// On a GPU the chunks of a sequence with few new tokens come in groups; quant/plan.py says what for.
+constexpr int kGroupChunks = 8;
+// What a planner counts: tokens in units of kCostTokens, and kItemCost for what a tile costs beside them.
+constexpr int kCostTokens = 64, kItemCost = 4, kChunkCost = kChunkSize / kCostTokens;
 
 // The plan buffer, int32: header; first item of each worker [num_workers + 1]; items; merges. Parts start at multiples
 // of 4 numbers, so that the device reads entries 16 bytes at a time.
-constexpr int kPlanHeader = 12;
+constexpr int kPlanHeader = 16;
 constexpr int kPlanEntry = 12;
 constexpr int kMaxWorkers = 1 << 20;
 enum PlanHeaderField {
@@ -19,13 +23,14 @@ enum PlanHeaderField {
   kNumPartials,
   kMergeAt,
   kStatus,
-  kUnits,
+  kTotalCost,
   kPlanChunk,
   kPlanTile,
   kItemAt,
   kNumWorkers,
   kShare,
-  kMergeQueries  // the most queries of a tile among the merges
+  kMergeQueries,  // the most queries of a tile among the merges
+  kMergeParts  // the most partials of a query among the merges
 };
 
 // kStatus of a plan that could not be made, where the planner cannot throw: no items, and outputs are NaN.
@@ -35,12 +40,12 @@ enum PlanStatus { kPlanOk = 0, kTooManyTiles = 1, kBadLengths = 2 };
 struct alignas(16) WorkItem {
   int32_t seq, q_begin, q_count, chunk_begin, chunk_end;
   int32_t first_partial;  // -1: the item sees all its tile's chunks and writes the output itself
-  int32_t folds;          // starts at the tile's first chunk: one folded partial; otherwise one for each chunk
-  int32_t q_row;          // row of q that holds the tile's first query
-  int32_t position;       // of the tile's first query in its sequence
-  int32_t start;          // keys before it are padding; >= 0
+  int32_t folds;  // starts at a first chunk, of the tile or of a group: folded; otherwise a partial for each chunk
+  int32_t q_row;  // row of q that holds the tile's first query
+  int32_t position;  // of the tile's first query in its sequence
+  int32_t start;  // keys before it are padding; >= 0
   int32_t seq_len;
-  int32_t unused;
+  int32_t group;  // chunks of a group, a power of 2; 0: all are one
 };
 
 struct alignas(16) MergeItem {
@@ -58,30 +63,118 @@ FOLDKV_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // Where the items start.
 FOLDKV_HD constexpr int plan_item_at(int num_workers) { return kPlanHeader + ceil_div(num_workers + 1, 4) * 4; }
 
-// Chunks that the queries q_begin .. q_begin + q_count - 1 can see; keys before `start` are padding.
-FOLDKV_HD constexpr ChunkSpan tile_chunks(int seq_len, int q_len, int q_begin, int q_count, int start, int window_left,
-                                          int chunk_size) {
+struct KeyRange {
+  int begin, end;
+};
+
+// Keys that the queries q_begin .. q_begin + q_count - 1 can see, {0, 0} where there are none; keys before `start` are padding.
+FOLDKV_HD constexpr KeyRange tile_keys(int seq_len, int q_len, int q_begin, int q_count, int start, int window_left) {
   const int first_query = seq_len - q_len + q_begin;
   const int end = first_query + q_count < seq_len ? first_query + q_count : seq_len;
   int begin = start;
   if (window_left >= 0 && first_query - window_left > begin) begin = first_query - window_left;
   if (begin < 0) begin = 0;
-  if (begin >= end) return {0, 0};
-  return {begin / chunk_size, ceil_div(end, chunk_size)};
+  return begin < end ? KeyRange{begin, end} : KeyRange{0, 0};
+}
+
+FOLDKV_HD constexpr ChunkSpan chunks_of(KeyRange keys) {
+  return {keys.begin / kChunkSize, ceil_div(keys.end, kChunkSize)};
 }
 
 // Keys that the query at `position` sees.
-struct KeyRange {
-  int begin, end;
-};
-
 FOLDKV_HD constexpr KeyRange visible_keys(int position, int start, int window_left) {
   int begin = start > 0 ? start : 0;
   if (window_left >= 0 && position - window_left > begin) begin = position - window_left;
   return {begin, position + 1};
 }
 
+// What a worker gets: num / den units of cost, at least kChunkCost. All cost fits an int.
+struct Share {
+  int num, den;
+  FOLDKV_HD int worker_of(int at) const { return divide(int64_t{at} * den, num); }
+  FOLDKV_HD int begin_of(int worker) const {
+    return den == 1 ? worker * num : divide(int64_t{worker} * num + den - 1, den);
+  }
+
+ private:
+  // Fast on a GPU where the first number is short.
+  FOLDKV_HD static int divide(int64_t a, int b) {
+    if (a >> 32 == 0) return static_cast<int>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+    return static_cast<int>(a / b);
+  }
+};
+
+// Equal shares of `total` for the workers; a little more, by at most a sixteenth, where cuts then fall on borders of tiles
+// of the smallest cost, or divide them evenly.
+FOLDKV_HD constexpr Share make_share(int total, int smallest, int num_workers) {
+  int least = ceil_div(total, num_workers);
+  if (least < kChunkCost) least = kChunkCost;
+  if (smallest <= 0) return {least, 1};
+  int64_t pieces = int64_t{smallest} * num_workers / total;  // workers for each of the smallest tiles
+  if (pieces > smallest / kChunkCost) pieces = smallest / kChunkCost;
+  const int64_t num = pieces > 0 ? smallest : int64_t{ceil_div(least, smallest)} * smallest;
+  const int den = pieces > 0 ? static_cast<int>(pieces) : 1;
+  return (num - int64_t{least} * den) * 16 <= int64_t{least} * den ? Share{static_cast<int>(num), den}
+                                                                   : Share{least, 1};
+}
+
+// A tile's place in the row of all work, and where the workers' shares cut it.
+struct TileCuts {
+  int at;  // cost before it
+  int cost, base;  // chunk c but the first lies at at + base + c * kChunkCost
+  int first, last;  // chunks
+  int worker;  // that the tile's first chunk falls to
+  int cut;  // the first chunk that falls to another, or last
+  int cut_worker;  // that one
+  int cuts;
+
+  FOLDKV_HD int place(int chunk) const { return chunk == first ? at : at + base + chunk * kChunkCost; }
+  // The first chunk, after `chunk`, that lies at `place` or behind it.
+  FOLDKV_HD int chunk_at(int wanted, int chunk) const {
+    const int c = (wanted - at - base + kChunkCost - 1) / kChunkCost;
+    return c > chunk ? (c < last ? c : last) : chunk + 1;
+  }
+  // Chunk of cut i, last where there is none.
+  FOLDKV_HD int cut_chunk(const Share& share, int i) const {
+    return i == 0 ? cut : i < cuts ? chunk_at(share.begin_of(cut_worker + i), cut) : last;
+  }
+  // Partials, of each query, that the chunks before `end`, which is cut i or last, ask for: one for the chunks of a group
+  // before the first cut inside it, and one for each chunk behind that.
+  FOLDKV_HD int parts_before(const Share& share, int group, int i, int end) const {
+    if (end <= first) return 0;
+    if (group == 0) return end <= cut ? 1 : 1 + end - cut;
+    int parts = ceil_div(end, kGroupChunks) - first / kGroupChunks, before = -1;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+    for (int at = 0; at < i; ++at) {
+      const int chunk = cut_chunk(share, at), begin = chunk & -kGroupChunks, stop = begin + kGroupChunks;
+      if (chunk > begin && before <= begin) parts += (stop < end ? stop : end) - chunk;
+      before = chunk;
+    }
+    return parts;
+  }
+};
+
+FOLDKV_HD constexpr int tile_cost(KeyRange keys) {
+  return kItemCost + ceil_div(keys.end, kCostTokens) - keys.begin / kCostTokens;
+}
+
+FOLDKV_HD inline TileCuts cut_tile(const Share& share, int at, KeyRange keys) {
+  const ChunkSpan chunks = chunks_of(keys);
+  TileCuts t{
+      at, tile_cost(keys), kItemCost - keys.begin / kCostTokens, chunks.begin, chunks.end, share.worker_of(at), 0, 0,
+      0};
+  t.cut = t.last - t.first > 1 ? t.chunk_at(share.begin_of(t.worker + 1), t.first) : t.last;
+  t.cut_worker = t.cut < t.last ? share.worker_of(t.place(t.cut)) : t.worker;
+  t.cuts = t.cut < t.last ? 1 + share.worker_of(t.place(t.last - 1)) - t.cut_worker : 0;
+  return t;
+}
+
 // Partials live in the workspace as (m, l) pairs [max_partials, h_q, 2], then outputs [max_partials, h_q, d].
 FOLDKV_HD constexpr int64_t partial_floats(int h_q, int d) { return static_cast<int64_t>(h_q) * (d + 2); }
+
+// Behind them, for each sequence and kv head: what 128 threads have of a fold over groups.
+FOLDKV_HD constexpr int group_floats(int d) { return 128 * (8 * ceil_div(d, 128) + 4); }
 
 }  // namespace foldkv

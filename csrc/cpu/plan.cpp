@@ -6,10 +6,9 @@ namespace foldkv::cpu {
 namespace {
 
 struct Tile {
-  int seq, q_begin, q_count;
-  ChunkSpan chunks;
+  int seq, q_begin, q_count, group;
+  KeyRange keys;
   int q_row, position, start, seq_len;
-  int units() const { return chunks.end > chunks.begin ? chunks.end - chunks.begin : 1; }
 };
 
 template <class Fn>
@@ -19,8 +18,9 @@ void for_tiles(const PlanParams& p, Fn fn) {
     const int start = p.seq_starts != nullptr && p.seq_starts[b] > 0 ? p.seq_starts[b] : 0;
     for (int q_begin = 0; q_begin < q_len; q_begin += p.tile_q) {
       const int q_count = q_len - q_begin < p.tile_q ? q_len - q_begin : p.tile_q;
-      fn(Tile{b, q_begin, q_count, tile_chunks(seq_len, q_len, q_begin, q_count, start, p.window_left, p.chunk_size),
-              q_row + q_begin, seq_len - q_len + q_begin, start, seq_len});
+      fn(Tile{b, q_begin, q_count, q_len <= p.grouped_q ? kGroupChunks : 0,
+              tile_keys(seq_len, q_len, q_begin, q_count, start, p.window_left), q_row + q_begin,
+              seq_len - q_len + q_begin, start, seq_len});
     }
   }
 }
@@ -28,65 +28,59 @@ void for_tiles(const PlanParams& p, Fn fn) {
 }  // namespace
 
 bool plan(const PlanParams& p) {
-  int64_t units = 0, tiles = 0;
+  int64_t cost = 0, tiles = 0;
+  int smallest = 0;
   for_tiles(p, [&](const Tile& tile) {
-    units += tile.units();
+    const int here = tile_cost(tile.keys);
+    smallest = tiles == 0 || here < smallest ? here : smallest;
+    cost += here;
     ++tiles;
   });
   if (tiles > p.max_tiles) return false;
 
-  const int64_t share = units > p.num_workers ? (units + p.num_workers - 1) / p.num_workers : 1;
+  const Share share = make_share(static_cast<int>(cost), smallest, p.num_workers);
   const int item_at = plan_item_at(p.num_workers), merge_at = item_at + kPlanEntry * p.max_items;
   int32_t* workers = p.plan + kPlanHeader;
   auto* items = reinterpret_cast<WorkItem*>(p.plan + item_at);
   auto* merges = reinterpret_cast<MergeItem*>(p.plan + merge_at);
-  int num_items = 0, num_merges = 0, worker = 0, merge_queries = 0;
-  int64_t begun = 0, wanted = 0, used = 0;
+  int num_items = 0, num_merges = 0, worker = 0, merge_queries = 0, merge_parts = 0;
+  int64_t wanted = 0, used = 0;
+  int begun = 0;
   for_tiles(p, [&](const Tile& tile) {
-    const auto [first, last] = tile.chunks;
-    // Cut where a worker's share of all units ends; the first cut lies at chunk `cut`, more follow at distance `share`.
-    int64_t cut = first + (begun / share + 1) * share - begun;
-    const bool wants_cut = cut < first + tile.units();
-    const int64_t offset = begun - first;  // from a chunk of this tile to its place among all units
-    begun += tile.units();
+    const TileCuts t = cut_tile(share, begun, tile.keys);
+    begun += t.cost;
     int64_t partial = -1;
-    if (wants_cut) {
-      const int64_t parts = 1 + last - cut;
+    if (t.cuts > 0) {
+      const int parts = t.parts_before(share, tile.group, t.cuts, t.last);
       partial = wanted;
-      wanted += parts * tile.q_count;
+      wanted += int64_t{parts} * tile.q_count;
       if (wanted > p.max_partials) partial = -1;
       if (partial >= 0) {
         used = wanted;
         merge_queries = tile.q_count > merge_queries ? tile.q_count : merge_queries;
-        merges[num_merges++] = {tile.seq,
-                                tile.q_begin,
-                                tile.q_count,
-                                static_cast<int32_t>(partial),
-                                static_cast<int32_t>(parts),
-                                tile.q_row,
+        merge_parts = parts > merge_parts ? parts : merge_parts;
+        merges[num_merges++] = {tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial), parts, tile.q_row,
                                 {}};
       }
     }
-    const int64_t first_cut = cut;
-    for (int64_t begin = first; begin == first || begin < last;) {
-      const int64_t end = partial < 0 || cut > last ? last : cut;
-      const int64_t slot = partial < 0 || begin == first ? partial : partial + (1 + begin - first_cut) * tile.q_count;
-      while (worker * share <= begin + offset) workers[worker++] = num_items;
+    for (int i = -1; i < (partial < 0 ? 0 : t.cuts); ++i) {
+      const int begin = i < 0 ? t.first : t.cut_chunk(share, i);
+      const int end = partial < 0 ? t.last : t.cut_chunk(share, i + 1);
+      const int64_t slot =
+          partial < 0 ? -1 : partial + int64_t{t.parts_before(share, tile.group, i, begin)} * tile.q_count;
+      while (worker <= p.num_workers && share.begin_of(worker) <= t.place(begin)) workers[worker++] = num_items;
       items[num_items++] = {tile.seq,
                             tile.q_begin,
                             tile.q_count,
-                            static_cast<int32_t>(begin),
-                            static_cast<int32_t>(end),
+                            begin,
+                            end,
                             static_cast<int32_t>(slot),
-                            begin == first ? 1 : 0,
+                            i < 0 || (tile.group > 0 && begin % tile.group == 0) ? 1 : 0,
                             tile.q_row,
                             tile.position,
                             tile.start,
                             tile.seq_len,
-                            0};
-      if (end == begin) break;  // a tile that sees nothing: its rows are written as zeros
-      begin = end;
-      cut += share;
+                            tile.group};
     }
   });
   while (worker <= p.num_workers) workers[worker++] = num_items;
@@ -95,13 +89,17 @@ bool plan(const PlanParams& p) {
                                        static_cast<int32_t>(used),
                                        merge_at,
                                        kPlanOk,
-                                       static_cast<int32_t>(units),
-                                       p.chunk_size,
+                                       static_cast<int32_t>(cost),
+                                       kChunkSize,
                                        p.tile_q,
                                        item_at,
                                        p.num_workers,
-                                       static_cast<int32_t>(share),
-                                       merge_queries};
+                                       static_cast<int32_t>(share.begin_of(1)),
+                                       merge_queries,
+                                       merge_parts,
+                                       0,
+                                       0,
+                                       0};
   for (int i = 0; i < kPlanHeader; ++i) p.plan[i] = header[i];
   return true;
 }

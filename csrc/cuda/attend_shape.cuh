@@ -89,7 +89,7 @@ struct Shape {
   static constexpr int kRowsAt = kQueryAt + larger(larger(kQueryBytes, kNarrowBytes), kOutBytes);
   using Rows = RowInfo<kRowsAt, kMaxRows>;
   static constexpr int kCursorAt = kRowsAt + Rows::kBytes;
-  static constexpr int kCursorBytes = 80, kPassBytes = 92;
+  static constexpr int kCursorBytes = 80, kPassBytes = 104;
   static constexpr int kPassAt = kCursorAt + kWarps * kCursorBytes;
   static constexpr int kHeadAt = kPassAt + kPassBytes, kSharedBytes = kHeadAt + 4;
 

@@ -84,7 +84,14 @@ __device__ __forceinline__ void finish_staged(const AttendParams& p, int q_row, 
                 total + bad, V::Math::kBoost, x, lane);
 }
 
-// Where the partial of one query token and head lies: its maximum (the bits of an int) and total, and its output.
+// A partial's state: twice its maximum, and 1 more where it begins a group of chunks, as the bits of an int; and its total.
+__device__ __forceinline__ float2 pack_state(int max, float total, bool starts_group) {
+  return make_float2(__int_as_float(2 * max + (starts_group ? 1 : 0)), total);
+}
+__device__ __forceinline__ int max_of(float2 state) { return __float_as_int(state.x) >> 1; }
+__device__ __forceinline__ bool starts_group(float2 state) { return (__float_as_int(state.x) & 1) != 0; }
+
+// Where the partial of one query token and head lies: its state, and its output.
 struct PartialAt {
   float2* state;
   float* out;

@@ -30,26 +30,27 @@ class Narrow {
   __device__ __forceinline__ void run() {
     const Current& now = current();
     Outputs out, run;
-    set_mine(Rows::run_max(), make_int2(kEmpty, kEmpty));
-    set_mine(Rows::run_total(), make_float2(0.0f, 0.0f));
-    for_fragments([&](int own, int tile, int c) { run[own][tile][c] = 0.0f; });
+    int token = now.pass.begin;
+    bool last = token >= now.pass.end;
+    begin_run(run);
 #pragma unroll 1
-    for (int token = now.pass.begin; token < now.pass.end; token += kNarrowBlock) {
-      for_fragments([&](int own, int tile, int c) { out[own][tile][c] = 0.0f; });
-      attend_chunk(token, out);
-      if (now.folds) {
+    while (!last) {
+      // A run goes on to its group's last chunk, but where the item begins inside a group: there each chunk is alone. The
+      // inner loop has nothing in it that is seldom done: it is to fit the instruction cache.
+      bool goes_on;
+#pragma unroll 1
+      do {
+        for_fragments([&](int own, int tile, int c) { out[own][tile][c] = 0.0f; });
+        attend_chunk(token, out);
         fold_chunk(run, out);
-      } else {
-        save(now.first_partial + (token / kChunkSize - now.chunk_begin) * now.q_count, Rows::chunk_max(),
-             Rows::chunk_total(), out);
-      }
+        token += kNarrowBlock;
+        const int next = token / kChunkSize, shift = now.group_shift, group = (next - 1) >> shift;
+        goes_on = token < now.pass.end && next >> shift == group && (now.folds || group != now.chunk_begin >> shift);
+      } while (goes_on);
+      last = token >= now.pass.end;
+      close_run(token / kChunkSize - 1, last, run);
     }
-    if (!now.folds) return;
-    if (now.first_partial >= 0) {
-      save(now.first_partial, Rows::run_max(), Rows::run_total(), run);
-    } else {
-      write_rows(run);
-    }
+    if (now.first_partial < 0) write_rows(run);
   }
 
  private:
@@ -57,6 +58,39 @@ class Narrow {
   using Outputs = float[kOwn][2][4];
 
   __device__ __forceinline__ static const Current& current() { return Queries<S, K, D>::current(); }
+
+  // Where the partial of a chunk goes, or of the group's chunks up to it: see quant/plan.py.
+  __device__ __forceinline__ static int partial_of(int chunk, bool folds) {
+    const Current& now = current();
+    const int first = now.chunk_begin >> now.group_shift, group = (chunk >> now.group_shift) - first;
+    int index = folds ? 0 : chunk - now.chunk_begin;
+    if (group > 0) {  // behind those of the item's first group
+      const int end = (first + 1) << now.group_shift;
+      index = (now.folds ? 1 : end - now.chunk_begin) + group - 1;
+    }
+    return now.first_partial + index * now.q_count;
+  }
+
+  // A group's chunks up to `chunk`, or one chunk of it, are done.
+  __device__ __forceinline__ void close_run(int chunk, bool last, Outputs& run) const {
+    const Current& now = current();
+    const bool first_group = chunk >> now.group_shift == now.chunk_begin >> now.group_shift;
+    if (now.first_partial >= 0) {
+      const bool folds = now.folds || !first_group;
+      save(partial_of(chunk, folds), run, folds);
+    } else {
+      if (!first_group) recall(run);
+      if (last) return;
+      keep(run);
+    }
+    begin_run(run);
+  }
+
+  __device__ __forceinline__ void begin_run(Outputs& run) const {
+    set_mine(Rows::run_max(), make_int2(kEmpty, kEmpty));
+    set_mine(Rows::run_total(), make_float2(0.0f, 0.0f));
+    for_fragments([&](int own, int tile, int c) { run[own][tile][c] = 0.0f; });
+  }
 
   // --- scores --------------------------------------------------------------------------------------------------------
 
@@ -378,6 +412,38 @@ class Narrow {
         [&](int own, int tile, int c) { run[own][tile][c] = fold(run[own][tile][c], out[own][tile][c], r[c % 2]); });
   }
 
+  // What a thread has of the fold over groups, in the workspace: two rows' states, and outputs.
+  __device__ __forceinline__ float* kept() const {
+    const int64_t index = static_cast<int64_t>(current().seq) * p_.h_kv + S::kv_head();
+    return p_.workspace + p_.max_partials * partial_floats(p_.h_q, D) + index * group_floats(D) + threadIdx.x;
+  }
+
+  // run becomes the fold of the groups before, and it.
+  __device__ __forceinline__ void recall(Outputs& run) const {
+    const float* from = kept();
+    const int2 run_max = mine(Rows::run_max());
+    const float2 total = mine(Rows::run_total());
+    const Rescale r[2] = {rescale(__float_as_int(from[0]), run_max.x),
+                          rescale(__float_as_int(from[kThreads]), run_max.y)};
+    set_mine(Rows::run_max(), make_int2(r[0].max, r[1].max));
+    set_mine(Rows::run_total(),
+             make_float2(fold(from[2 * kThreads], total.x, r[0]), fold(from[3 * kThreads], total.y, r[1])));
+    from += 4 * kThreads;
+    for_fragments([&](int own, int tile, int c) {
+      run[own][tile][c] = fold(from[((own * 2 + tile) * 4 + c) * kThreads], run[own][tile][c], r[c % 2]);
+    });
+  }
+
+  __device__ __forceinline__ void keep(const Outputs& run) const {
+    const int2 run_max = mine(Rows::run_max());
+    const float2 total = mine(Rows::run_total());
+    float* to = kept();
+    to[0] = __int_as_float(run_max.x), to[kThreads] = __int_as_float(run_max.y);
+    to[2 * kThreads] = total.x, to[3 * kThreads] = total.y;
+    to += 4 * kThreads;
+    for_fragments([&](int own, int tile, int c) { to[((own * 2 + tile) * 4 + c) * kThreads] = run[own][tile][c]; });
+  }
+
   // Calls fn(channel, number) for the numbers of this thread's column j.
   template <class Fn>
   __device__ __forceinline__ void for_channels(const Outputs& out, int j, Fn fn) const {
@@ -396,16 +462,17 @@ class Narrow {
     }
   }
 
-  __device__ __forceinline__ void save(int64_t partial, const int* maxima, const float* totals,
-                                       const Outputs& out) const {
+  __device__ __forceinline__ void save(int64_t partial, const Outputs& run, bool starts_group) const {
     const int rows = current().rows;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int r = 2 * t_ + j;
       if (r >= rows) continue;
       const PartialAt to = partial_at(p_, partial + Rows::token()[r], Rows::head()[r], D);
-      if (warp_ == 0 && g_ == 0) *to.state = make_float2(__int_as_float(maxima[r]), totals[r] + Rows::bad()[r]);
-      for_channels(out, j, [&](int channel, float x) { to.out[channel] = x; });
+      if (warp_ == 0 && g_ == 0) {
+        *to.state = pack_state(Rows::run_max()[r], Rows::run_total()[r] + Rows::bad()[r], starts_group);
+      }
+      for_channels(run, j, [&](int channel, float x) { to.out[channel] = x; });
     }
   }
 

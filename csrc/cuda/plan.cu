@@ -1,8 +1,9 @@
 // The planner on a GPU: lengths -> work list, the same numbers as csrc/cpu/plan.cpp. Definition: quant/plan.py.
 //
 // One block works through the sequences, and through their tiles, kThreads at a time; scans place what each thread writes.
-// All units lie in a row and cuts fall on multiples of `share` in it, so how often a tile is cut follows from its place
-// alone; which tiles get partials follows from a second scan, and where items lie from a third.
+// All tiles lie in a row of cost, so where a tile is cut follows from its place alone (TileCuts); which tiles get partials
+// follows from a second scan, and where items lie from a third.
+#include <climits>
 #include <cstdint>
 
 #include "core/params.h"
@@ -17,27 +18,27 @@ constexpr int kNumWarps = kThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 struct Tile {
-  int seq, q_begin, q_count;
-  ChunkSpan chunks;
-  __device__ int units() const { return chunks.end > chunks.begin ? chunks.end - chunks.begin : 1; }
+  int seq, q_begin, q_count, group;
+  KeyRange keys;
+  __device__ int cost() const { return tile_cost(keys); }
 };
 
 // What the items of a tile have in common, for the threads that write them.
 struct CutTile {
-  int seq, q_begin, q_count;
-  int first, last;  // chunks
-  int cut;  // the first one, a chunk
+  int seq, q_begin, q_count, group;
+  int at;  // see TileCuts; all cost fits an int, the header has it
+  KeyRange keys;
   int partial;  // -1: the tile is whole
-  int worker;  // that the tile's first unit falls to
 };
 
 struct Shared {
   int64_t scan[2][kNumWarps];  // two, so that one barrier a scan is enough
+  int smallest[kNumWarps];
   int tile_at[kThreads + 1];  // first tile of each sequence, within this round of sequences
   int item_at[kThreads + 1];  // first item of each tile, within this round of tiles
   CutTile tiles[kThreads];
   int used;  // partials
-  int merge_queries;  // the most queries of a tile that is cut
+  int merge_queries, merge_parts;  // the most queries, and partials of each, of a tile that is cut
 };
 
 // Sums over the threads before this one; `total` over all. Rounds take turns with the two buffers.
@@ -97,8 +98,8 @@ __device__ __forceinline__ int count_tiles(const PlanParams& p, int seq, bool& b
 __device__ __forceinline__ Tile make_tile(const PlanParams& p, int seq, int tile) {
   const int q_len = p.cu_seqlens_q[seq + 1] - p.cu_seqlens_q[seq], q_begin = tile * p.tile_q;
   const int q_count = min(q_len - q_begin, p.tile_q);
-  return {seq, q_begin, q_count,
-          tile_chunks(p.seq_lens[seq], q_len, q_begin, q_count, start_of(p, seq), p.window_left, p.chunk_size)};
+  return {seq, q_begin, q_count, q_len <= p.grouped_q ? kGroupChunks : 0,
+          tile_keys(p.seq_lens[seq], q_len, q_begin, q_count, start_of(p, seq), p.window_left)};
 }
 
 // Calls fn(whether the thread has a tile, tiles of this round) in every thread, for kThreads tiles at a time, in order; the
@@ -139,18 +140,21 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
   __shared__ Shared s;
   Scan scan{s};
   const int thread = threadIdx.x;
-  if (thread == 0) s.used = s.merge_queries = 0;
+  if (thread == 0) s.used = s.merge_queries = s.merge_parts = 0;
   int32_t* workers = p.plan + kPlanHeader;
   const int item_at = plan_item_at(p.num_workers), merge_at = item_at + kPlanEntry * p.max_items;
-  const auto finish = [&](int items, int merges, int partials, int status, int64_t units, int64_t share) {
-    // Workers past the last unit.
-    for (int64_t w = (units + share - 1) / share + thread; w <= p.num_workers; w += kThreads) {
+  const auto finish = [&](int items, int merges, int partials, int status, int64_t cost, const Share& share) {
+    // Workers whose share begins behind the last tile.
+    for (int w = cost > 0 ? share.worker_of(static_cast<int>(cost) - 1) + 1 + thread : thread; w <= p.num_workers;
+         w += kThreads) {
       workers[w] = items;
     }
     if (thread != 0) return;
-    write_entry(p.plan, make_int4(items, merges, partials, merge_at),
-                make_int4(status, static_cast<int>(units), p.chunk_size, p.tile_q),
-                make_int4(item_at, p.num_workers, static_cast<int>(share), merges > 0 ? s.merge_queries : 0));
+    write_entry(
+        p.plan, make_int4(items, merges, partials, merge_at),
+        make_int4(status, static_cast<int>(cost), kChunkSize, p.tile_q),
+        make_int4(item_at, p.num_workers, static_cast<int>(share.begin_of(1)), merges > 0 ? s.merge_queries : 0));
+    reinterpret_cast<int4*>(p.plan)[3] = make_int4(merges > 0 ? s.merge_parts : 0, 0, 0, 0);
   };
 
   // How many tiles, and whether the lengths make sense.
@@ -160,37 +164,41 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
   if (p.batch == 0 && thread == 0) bad = p.cu_seqlens_q[0] != 0;
   int64_t num_tiles;
   scan.exclusive(tiles, num_tiles);
-  if (__syncthreads_or(bad)) return finish(0, 0, 0, kBadLengths, 0, 1);
-  if (num_tiles > p.max_tiles) return finish(0, 0, 0, kTooManyTiles, 0, 1);
+  if (__syncthreads_or(bad)) return finish(0, 0, 0, kBadLengths, 0, {1, 1});
+  if (num_tiles > p.max_tiles) return finish(0, 0, 0, kTooManyTiles, 0, {1, 1});
 
-  // A worker's share of all units.
+  // A worker's share of all cost.
   Tile held{};
-  int64_t mine = 0, units;
-  for_tiles(p, scan, held, 0, [&](bool valid, int) { mine += valid ? held.units() : 0; });
-  scan.exclusive(mine, units);
-  const int64_t share = units > p.num_workers ? (units + p.num_workers - 1) / p.num_workers : 1;
+  int64_t mine = 0, cost;
+  int smallest = INT_MAX;
+  for_tiles(p, scan, held, 0, [&](bool valid, int) {
+    mine += valid ? held.cost() : 0;
+    smallest = min(smallest, valid ? held.cost() : INT_MAX);
+  });
+  smallest = __reduce_min_sync(kFullWarp, smallest);
+  if (thread % 32 == 0) s.smallest[thread / 32] = smallest;
+  scan.exclusive(mine, cost);  // a barrier, too
+  smallest = __reduce_min_sync(kFullWarp, s.smallest[thread % 32]);
+  const Share share = make_share(static_cast<int>(cost), cost > 0 ? smallest : 0, p.num_workers);
 
-  int64_t begun = 0, wanted = 0;  // units, and partials asked for, of the rounds before
+  int64_t begun = 0, wanted = 0;  // cost, and partials asked for, of the rounds before
   int num_items = 0, num_merges = 0;
   const bool one_round = p.batch <= kThreads && num_tiles <= kThreads;
   for_tiles(p, scan, held, one_round ? static_cast<int>(num_tiles) : 0, [&](bool valid, int here) {
-    const int size = valid ? held.units() : 0;
-    int64_t round_units;
-    const int64_t at = begun + scan.exclusive(size, round_units);
-    begun += round_units;
-    const int64_t worker = static_cast<uint32_t>(at) / static_cast<uint32_t>(share);  // units fit the header's int32
-    const int cuts =
-        valid ? static_cast<int>(static_cast<uint32_t>(at + size - 1) / static_cast<uint32_t>(share) - worker) : 0;
-    const int first = valid ? held.chunks.begin : 0, last = valid ? held.chunks.end : 0;
-    const int cut = cuts > 0 ? first + static_cast<int>((worker + 1) * share - at) : last;
+    int64_t round_cost;
+    const int64_t at = begun + scan.exclusive(valid ? held.cost() : 0, round_cost);
+    begun += round_cost;
+    TileCuts t{};
+    if (valid) t = cut_tile(share, static_cast<int>(at), held.keys);
+    const int cuts = t.cuts;
 
     // Items before this thread's, and the partials of a tile that is cut, as long as the workspace lasts.
     int items_before = thread, items_here = here;
     int64_t partial = -1;
     if (__syncthreads_or(cuts > 0)) {
-      const int64_t parts = cuts > 0 ? 1 + last - cut : 0;
+      const int64_t parts = cuts > 0 ? t.parts_before(share, held.group, cuts, t.last) : 0;
       int64_t round_wanted, totals;
-      const int64_t slot = wanted + scan.exclusive(cuts > 0 ? parts * held.q_count : 0, round_wanted);
+      const int64_t slot = wanted + scan.exclusive(parts * held.q_count, round_wanted);
       wanted += round_wanted;
       const bool fits = cuts > 0 && slot + parts * held.q_count <= p.max_partials;
       if (fits) partial = slot;
@@ -204,6 +212,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
                     make_int4(static_cast<int>(parts), p.cu_seqlens_q[held.seq] + held.q_begin, 0, 0),
                     make_int4(0, 0, 0, 0));
         atomicMax(&s.merge_queries, held.q_count);
+        atomicMax(&s.merge_parts, static_cast<int>(parts));
         // Accepted tiles come before refused ones, so the last merge has the greatest end.
         if (merge + 1 == num_merges + static_cast<int>(totals & 0xffffffff)) {
           s.used = static_cast<int>(slot + parts * held.q_count);
@@ -213,12 +222,17 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     }
     if (valid) {
       s.tiles[thread] = {
-          held.seq, held.q_begin, held.q_count, first, last, cut, static_cast<int>(partial), static_cast<int>(worker)};
-      // The shares that begin inside an uncut tile have what comes after it.
-      if (at == worker * share) workers[worker] = num_items + items_before;
-      if (partial < 0) {
-        for (int i = 1; i <= cuts; ++i) workers[worker + i] = num_items + items_before + 1;
+          held.seq, held.q_begin, held.q_count, held.group, static_cast<int>(at), held.keys, static_cast<int>(partial)};
+      // Workers whose share begins in this tile: with its first item, with a cut, or with what comes after the tile.
+      int worker = t.worker;
+      const int first = num_items + items_before, next = first + (partial < 0 ? 1 : 1 + cuts);
+      if (share.begin_of(worker) == t.at) workers[worker] = first;
+      if (partial >= 0) {
+        while (++worker <= t.cut_worker) workers[worker] = first + 1;
+        for (int i = 1; i < cuts; ++i, ++worker) workers[worker] = first + 1 + i;
+        --worker;
       }
+      for (const int last = share.worker_of(t.at + t.cost - 1); worker < last;) workers[++worker] = next;
     }
     s.item_at[thread] = items_before;
     __syncthreads();
@@ -226,23 +240,27 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     // Items, each written by a thread of its own, whoever has the tile.
     for (int i = thread; i < items_here; i += kThreads) {
       const int index = items_here == here ? i : owner(s.item_at, here, i);
-      const CutTile& t = s.tiles[index];
+      const CutTile& tile = s.tiles[index];
       const int part = i - s.item_at[index];
-      const bool whole = t.partial < 0;
-      const int64_t begin = part == 0 ? t.first : t.cut + (part - 1) * share;
-      const int64_t end = whole ? t.last : min(t.cut + part * share, int64_t{t.last});
-      const int64_t slot = part == 0 ? t.partial : t.partial + (1 + begin - t.cut) * t.q_count;
-      if (part > 0) workers[t.worker + part] = num_items + i;
-      const int q_row = p.cu_seqlens_q[t.seq], q_len = p.cu_seqlens_q[t.seq + 1] - q_row, seq_len = p.seq_lens[t.seq];
+      int begin = chunks_of(tile.keys).begin, end = chunks_of(tile.keys).end, slot = -1;
+      if (tile.partial >= 0) {
+        const TileCuts c = cut_tile(share, tile.at, tile.keys);
+        if (part > 0) begin = c.cut_chunk(share, part - 1);
+        end = c.cut_chunk(share, part);
+        slot = tile.partial + c.parts_before(share, tile.group, part - 1, begin) * tile.q_count;
+      }
+      const bool folds = part == 0 || (tile.group > 0 && begin % tile.group == 0);
+      const int q_row = p.cu_seqlens_q[tile.seq], q_len = p.cu_seqlens_q[tile.seq + 1] - q_row;
+      const int seq_len = p.seq_lens[tile.seq];
       write_entry(p.plan + item_at + kPlanEntry * (num_items + i),
-                  make_int4(t.seq, t.q_begin, t.q_count, static_cast<int>(begin)),
-                  make_int4(static_cast<int>(end), static_cast<int>(slot), part == 0 ? 1 : 0, q_row + t.q_begin),
-                  make_int4(seq_len - q_len + t.q_begin, start_of(p, t.seq), seq_len, 0));
+                  make_int4(tile.seq, tile.q_begin, tile.q_count, begin),
+                  make_int4(end, slot, folds ? 1 : 0, q_row + tile.q_begin),
+                  make_int4(seq_len - q_len + tile.q_begin, start_of(p, tile.seq), seq_len, tile.group));
     }
     num_items += items_here;
     __syncthreads();  // tiles and item_at are written anew
   });
-  finish(num_items, num_merges, s.used, kPlanOk, units, share);
+  finish(num_items, num_merges, s.used, kPlanOk, cost, share);
 }
 
 }  // namespace

@@ -9,8 +9,9 @@ namespace foldkv::cuda {
 struct Current {
   Pass pass;
   int rows;  // query rows of the pass
-  int q_row, q_count;  // as in WorkItem
+  int seq, q_row, q_count;  // as in WorkItem
   int chunk_begin, first_partial, folds;
+  int group_shift;  // log2 of a group's chunks, 30 where all chunks are one
   int first_row;  // of the pass in its item
   const WorkItem *item, *item_end;
   int worker, num_workers, items_at, tail;  // see attend_kernel
@@ -71,8 +72,9 @@ class Queries {
       Current& now = mutable_current();
       now.pass = pass;
       now.rows = rows;
-      now.q_row = item->q_row, now.q_count = item->q_count;
+      now.seq = item->seq, now.q_row = item->q_row, now.q_count = item->q_count;
       now.chunk_begin = item->chunk_begin, now.first_partial = item->first_partial, now.folds = item->folds;
+      now.group_shift = item->group > 0 ? 31 - __clz(item->group) : 30;
       now.item = item;
       now.first_row = first_row;
     }

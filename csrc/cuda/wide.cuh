@@ -404,7 +404,9 @@ class Wide {
       const int r = row() + 8 * h;
       if (r >= current().rows) continue;
       const PartialAt to = partial_at(p_, partial + Rows::token()[r], Rows::head()[r], D);
-      if (part() == 0 && column() == 0) *to.state = make_float2(__int_as_float(s.max[h]), s.total[h] + Rows::bad()[r]);
+      if (part() == 0 && column() == 0) {
+        *to.state = pack_state(s.max[h], s.total[h] + Rows::bad()[r], false);
+      }
       for_channels(s, h, [&](int channel, float x) { to.out[channel] = x; });
     }
   }
