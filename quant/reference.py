@@ -11,14 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from .dynamic import quantize_rows
 from .pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, PagedTensor
 from .spec import Format
 
 _FLOAT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_MAX_SCALE = torch.finfo(torch.bfloat16).max
-_MIN_SCALE = torch.finfo(torch.bfloat16).tiny
-# A dynamic step is at least absmax / 1024, which keeps the fp16 zero point exact to half a step.
-_MAX_ZERO = 1024.0
 # Dynamic formats cut what they quantise to this magnitude, so that no sum of a rotation overflows.
 _MAX_DYNAMIC = 2.0**100
 
@@ -50,35 +47,12 @@ def hadamard(x: Tensor) -> Tensor:
 # --- quantise ---------------------------------------------------------------------------------------------------------
 
 
-def round_up_to_bf16(x: Tensor) -> Tensor:
-    """The least bf16 value >= x (x > 0, fp32), kept within bf16's normal finite range, as fp32."""
-    x = x.clamp(_MIN_SCALE, _MAX_SCALE)
-    return ((x.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32).clamp(max=_MAX_SCALE)
-
-
 def _finite(x: Tensor, bound: Tensor | float) -> Tensor:
     """NaN becomes 0, +-inf becomes +-bound."""
     x = torch.where(torch.isnan(x), torch.zeros_like(x), x)
     return torch.where(
         torch.isinf(x), torch.copysign(torch.as_tensor(bound, dtype=x.dtype, device=x.device).expand_as(x), x), x
     )
-
-
-def _dynamic_scale(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Scale and zero `[..., 1]` of fp32 rows `y` `[..., d]`, as they are stored (bf16 and fp16 values, in fp32)."""
-    low, high = y.amin(-1, keepdim=True) + 0.0, y.amax(-1, keepdim=True)  # a zero is +0, whichever came first
-    absmax = torch.maximum(low.abs(), high.abs())
-    constant = (low == high) & (absmax > 0)
-    mid = float(fmt.element.mid_code)
-    if fmt.symmetric:
-        scale = round_up_to_bf16(torch.where(constant, absmax, absmax / (mid - 1.0)))
-        scale = torch.where(absmax == 0, torch.ones_like(scale), scale)
-        return scale, torch.full_like(scale, mid)
-    step = torch.maximum(high / fmt.element.max_code - low / fmt.element.max_code, absmax / _MAX_ZERO)
-    power = (absmax.clamp(_MIN_SCALE).view(torch.int32) & 0x7F800000).view(torch.float32)
-    scale = torch.where(constant, power, round_up_to_bf16(step))
-    scale = torch.where(absmax == 0, torch.ones_like(scale), scale)
-    return scale, (-(low / scale)).half().float()
 
 
 def quantize(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +74,10 @@ def quantize(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor, Te
         y = y.clamp(-_MAX_DYNAMIC, _MAX_DYNAMIC)
     if fmt.rotate:
         y = hadamard(y)
-    scale, zero = _dynamic_scale(y, fmt) if fmt.is_dynamic else (params[SCALE], params[ZERO])
+    if fmt.is_dynamic:
+        codes, scale, zero = quantize_rows(y, fmt)
+        return codes.to(torch.int32), scale, zero
+    scale, zero = params[SCALE], params[ZERO]
     codes = torch.round(y / scale + zero).clamp(0, fmt.element.max_code)
     return codes.to(torch.int32), scale, zero
 

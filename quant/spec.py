@@ -74,6 +74,11 @@ class Format:
         return self.scaling in ("head", "channel")
 
     @property
+    def searches_range(self) -> bool:
+        """A row's range is the best of a few (`quant.dynamic.search_range`), not its min .. max."""
+        return self.is_dynamic and not self.symmetric and self.element.bits == 4
+
+    @property
     def meta_bytes(self) -> int:
         """Bytes of dynamic scale data per token and head: bf16 scale, then fp16 zero where asymmetric."""
         return 0 if not self.is_dynamic else 2 if self.symmetric else 4
@@ -132,7 +137,8 @@ MODES: dict[str, KVSpec] = {
     "c16": KVSpec(Format("fp16"), Format("fp16")),
     "c8": KVSpec(_INT8_CHANNEL, _INT8_CHANNEL),
     "c8h": KVSpec(_static("int8", "head", symmetric=True), _static("int8", "head", symmetric=True)),
-    "c8d": KVSpec(_INT8_TOKEN_CENTERED, _INT8_TOKEN_CENTERED),
+    # Rotation takes a fifth off K's damage, and nothing off V's.
+    "c8d": KVSpec(replace(_INT8_TOKEN_CENTERED, rotate=True), _INT8_TOKEN_CENTERED),
     "k8v4": KVSpec(_INT8_CHANNEL, _INT4_ROTATED),
     "c4s": KVSpec(_static("int4", "channel"), _static("int4", "channel")),
     "c4": KVSpec(_static("int4", "channel", clip=0.8), _INT4_ROTATED),

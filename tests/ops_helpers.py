@@ -37,6 +37,7 @@ FORMATS = {
         Format("int8", "head"),
         Format("int8", "token"),
         Format("int8", "token", center=True, balance=True),
+        Format("int8", "token", center=True, balance=True, rotate=True),
         Format("int8", "token", symmetric=False, rotate=True),
         Format("int4", "channel", symmetric=False),
         Format("int4", "channel", symmetric=False, clip=0.8),
@@ -72,6 +73,23 @@ def params_for(fmt: Format, x: Tensor) -> Tensor:
     if fmt.balance:
         params[BALANCE] = (x.std(0) / x.std(0).mean(-1, keepdim=True)).sqrt()
     return params
+
+
+def odd_rows(d: int) -> Tensor:
+    """fp32 `[rows, d]` that a quantiser may trip over: outliers, ties, one sign, few values, tiny and huge ones."""
+    x, c = torch.randn(24, d), torch.arange(d)
+    first = (c == 0).float()
+    x[0], x[1], x[2] = first, -first, first - (c == d - 1).float()
+    x[3], x[4] = 1e4 * first + x[3], x[4].abs() + 1e-3
+    x[5], x[6], x[7] = c % 17 - 8.0, c % 31 / 2.0 - 7.5, (c * 7 % 481 - 240.0) / 64  # ties on every grid
+    x[8], x[9], x[10] = torch.where(c % 2 == 0, 1.0, -1.0), -x[8].abs(), x[8].abs() + 1000
+    x[11], x[12], x[13] = x[11] * 2.0**-49, x[12] * 2.0**-51, x[13] * 1e-42
+    x[14], x[15] = x[14] * 1e29, torch.where(c % 3 == 0, 2.0**100, -(2.0**100))
+    x[16], x[17] = torch.where(c == 1, -1e-30, x[16].abs()), torch.where(c == 1, 1e-44, -x[17].abs())
+    x[18], x[19] = torch.full((d,), 0.02) + first - 0.021 * (c == 1), x[19].exp() - 1
+    x[20], x[21] = (8 * x[20]).round(), torch.where(c % 2 == 0, 0.0, x[21])
+    x[22], x[23] = x[22].clamp(min=0.0), -x[23].abs() - first * 1e-3
+    return x
 
 
 def poisoned(pages: LayerPages) -> LayerPages:

@@ -15,6 +15,7 @@ from ops_helpers import (
     SPECS,
     Source,
     check_idempotent,
+    odd_rows,
     params_for,
     poisoned,
     pools,
@@ -25,7 +26,7 @@ from ops_helpers import (
 from torch import Tensor
 
 from quant import ops, reference
-from quant.pages import LayerPages
+from quant.pages import LayerPages, identity_params
 from quant.spec import PAGE_SIZES, KVSpec
 
 NAMES = list(FORMATS)
@@ -173,6 +174,22 @@ def test_numbers_that_are_not_finite(name: str) -> None:
     assert all(torch.isfinite(reference.read(part, 16, table, 8)).all() for part in (pages.k, pages.v))
     ops.append_kv(pages, k[6:8], v[6:8], slots[6:8], nonfinite=nonfinite)
     assert nonfinite.item() == 100 + 3 + 2 * 64 + 64 + 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("d", [16, 80, 128, 512])
+def test_odd_rows(name: str, d: int) -> None:
+    fmt, sample = FORMATS[name], rows(30, 1, d)
+    k, v = odd_rows(d)[:, None], odd_rows(d).flip(-1)[:, None]
+    mine = make(KVSpec(fmt, fmt), sample, sample, 16)
+    for part in (mine.k, mine.v):
+        if fmt.is_dynamic:
+            part.set_params(identity_params(fmt, 1, d))
+    want = twin(mine)
+    slots = shuffled_slots(len(k), mine)
+    ops.append_kv(mine, k, v, slots)
+    reference.append_kv(want, k, v, slots)
+    assert same_bytes(mine, want)
 
 
 def test_no_tokens_may_have_any_strides() -> None:

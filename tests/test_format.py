@@ -97,7 +97,7 @@ def test_modes_are_what_the_design_says() -> None:
     assert str(MODES["c4"].k) == "int4.channel.asym.clip=0.8"
     assert str(MODES["c4"].v) == str(MODES["c4r"].k) == "int4.token.asym.center.balance.rotate"
     assert str(MODES["k8v4"].k) == str(MODES["c8"].v) == "int8.channel.asym"
-    assert str(MODES["c8d"].k) == "int8.token.sym.center.balance"
+    assert str(MODES["c8d"].k) == "int8.token.sym.center.balance.rotate"
     assert str(MODES[CONTROL_MODE].k) == "int4.head.sym"
     assert {name for name, spec in MODES.items() if spec.needs_scales} == {"c8", "c8h", "k8v4", "c4s", "c4", "c4x"}
     assert all(spec.name == name for name, spec in MODES.items())

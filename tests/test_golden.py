@@ -84,12 +84,13 @@ def test_worked_example(append: Append) -> None:
     x = torch.tensor([-1.0, 2.75, 0.0, 0.5, 1.0, -0.25, 2.0, 0.125, 0.3, 1.6, -0.9, 2.6, 0.875, -0.625, 1.25, 0.2])
     pages = LayerPages.empty(KVSpec(fmt, fmt), 1, 16, 1, 16)
     append(pages, x.view(1, 1, 16), x.view(1, 1, 16), torch.tensor([5]))
-    # scale = (2.75 - -1) / 15 = 0.25 = bf16 3e80, zero = -(-1) / 0.25 = 4 = fp16 4400, code = round(x / 0.25 + 4)
-    assert pages.k.codes[0, 0, 5 * 8 : 6 * 8].tolist() == list(bytes.fromhex("f064384ca5e02859"))
-    assert pages.k.meta[0, 0, 5 * 4 : 6 * 4].tolist() == list(bytes.fromhex("803e0044"))
+    # Units of 3.75 / 480; the finer grid from 15: step 3.75 / 16 times 440387 / 435765 = bf16 3e73, zero = (128 - 15) / 30
+    assert pages.k.codes[0, 0, 5 * 8 : 6 * 8].tolist() == list(bytes.fromhex("f064384cb5f01859"))
+    assert pages.k.meta[0, 0, 5 * 4 : 6 * 4].tolist() == list(bytes.fromhex("733e8943"))
     table = torch.tensor([0, 0])
-    values = reference.read(pages.k, 16, table, 6)[5, 0].tolist()
-    assert values == [-1, 2.75, 0, 0.5, 1, -0.25, 2, 0, 0.25, 1.5, -1, 2.5, 1, -0.5, 1.25, 0.25]
+    values = reference.read(pages.k, 16, table, 6)[5, 0]
+    codes = torch.tensor([0, 15, 4, 6, 8, 3, 12, 4, 5, 11, 0, 15, 8, 1, 9, 5])
+    assert torch.equal(values, (codes - 3.767578125) * 0.2373046875)
 
 
 if __name__ == "__main__":

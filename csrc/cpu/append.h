@@ -1,17 +1,11 @@
 // Append on the CPU: RoPE, mean, balance, rotation, quantise, pack. The definition is quant/reference.py, the bytes agree.
 #pragma once
 
+#include "core/dynamic.h"
 #include "cpu/rows.h"
 #include "cpu/tables.h"
 
 namespace foldkv::FOLDKV_ISA {
-
-constexpr float kMaxZero =
-    1024.0f;  // a dynamic step is at least absmax / 1024: the fp16 zero stays exact to half a step
-constexpr float kMaxDynamic =
-    0x1p100f;  // dynamic formats cut to this magnitude, so that no sum of a rotation overflows
-constexpr float kMinScale = 0x1p-126f;
-constexpr float kMaxScale = 0x1.fep127f;  // largest bf16
 
 inline float round_up_to_bf16(float x) {
   x = x < kMinScale ? kMinScale : x > kMaxScale ? kMaxScale : x;
@@ -19,18 +13,17 @@ inline float round_up_to_bf16(float x) {
   return up > kMaxScale ? kMaxScale : up;
 }
 
+inline I round_codes(const F& y, const F& scale, const F& zero, int bits) {
+  const F top = splat(static_cast<float>((1 << bits) - 1));
+  return to_int(min(max(rint(y / scale + zero), splat(0.0f)), top));
+}
+
 struct ScaleZero {
   float scale, zero;
 };
 
-// Scale and zero of one row, as stored: a bf16 and an fp16 value.
-inline ScaleZero dynamic_scale(const float* y, int d, int bits, bool stored_zero) {
-  F lowest = load(y), highest = lowest;
-  for (int c = 16; c < d; c += 16) {
-    lowest = min(lowest, load(y + c));
-    highest = max(highest, load(y + c));
-  }
-  const float low = hmin(lowest) + 0.0f, high = hmax(highest);  // a zero is +0, whichever zero of the row came first
+// Scale and zero of a row from its least and greatest element, as stored: a bf16 and an fp16 value.
+inline ScaleZero min_max_scale(float low, float high, int bits, bool stored_zero) {
   const float absmax = std::fabs(low) > std::fabs(high) ? std::fabs(low) : std::fabs(high);
   const bool constant = low == high;
   const float mid = static_cast<float>(1 << (bits - 1)), top = static_cast<float>((1 << bits) - 1);
@@ -46,6 +39,76 @@ inline ScaleZero dynamic_scale(const float* y, int d, int bits, bool stored_zero
     scale = round_up_to_bf16(range > least ? range : least);
   }
   return {scale, half_to_float(float_to_half(-(low / scale)))};
+}
+
+// The codes of units on a grid; a quarter unit sends halves up.
+inline F nearest_codes(const F& unit, const SearchGrid& grid) {
+  const F place = (unit - splat(grid.start - 0.25f)) * splat(1.0f / grid.step);
+  return min(max(rint(place), splat(0.0f)), splat(15.0f));
+}
+
+// The sum of whole numbers, each below 2^24.
+inline int64_t whole_sum(const F& x) {
+  float lanes[16];
+  store(lanes, x);
+  int64_t sum = 0;
+  for (float lane : lanes) sum += static_cast<int64_t>(lane);
+  return sum;
+}
+
+// search_rows of quant/dynamic.py: the codes, scale and zero of a row from low <= 0 to high >= 0.
+inline ScaleZero search_row(const float* y, int d, float low, float high, int32_t* codes) {
+  const float width = high - low, inverse = kSearchUnits / width, origin = (0.0f - low) * inverse;
+  alignas(64) float units[kMaxHeadDim];
+  F errors[kSearchGrids];
+  for (F& sum : errors) sum = splat(0.0f);
+  for (int c = 0; c < d; c += 16) {
+    const F unit = rint((load(y + c) - splat(low)) * splat(inverse));
+    store(units + c, unit);
+    for (int i = 0; i < kSearchGrids; ++i) {
+      const SearchGrid grid = search_grid(i);
+      const F error = unit - splat(grid.start) - nearest_codes(unit, grid) * splat(grid.step);
+      errors[i] = errors[i] + error * error;
+    }
+  }
+  int best = 0;
+  int64_t least = whole_sum(errors[0]);
+  for (int i = 1; i < kSearchGrids; ++i) {
+    const int64_t error = whole_sum(errors[i]);
+    if (error < least) least = error, best = i;
+  }
+  const SearchGrid grid = search_grid(best);
+  const F whole_origin = rint(splat(origin));
+  F square = splat(0.0f), product = splat(0.0f);
+  for (int c = 0; c < d; c += 16) {
+    const F unit = load(units + c), code = nearest_codes(unit, grid), truth = unit - whole_origin;
+    istore(codes + c, to_int(code));
+    square = square + truth * truth;
+    product = product + truth * (code * splat(grid.step) + splat(grid.start) - whole_origin);
+  }
+  const float gain = static_cast<float>(whole_sum(square)) / static_cast<float>(whole_sum(product));
+  const float bounded = gain < kMinGain ? kMinGain : gain > kMaxGain ? kMaxGain : gain;
+  return {bf16_to_float(float_to_bf16(width * (grid.step / kSearchUnits) * bounded)),
+          half_to_float(float_to_half((origin - grid.start) / grid.step))};
+}
+
+// Codes, scale and zero of a dynamic row.
+inline ScaleZero quantize_row(const float* y, int d, int bits, bool stored_zero, int32_t* codes) {
+  F lowest = load(y), highest = lowest;
+  for (int c = 16; c < d; c += 16) {
+    lowest = min(lowest, load(y + c));
+    highest = max(highest, load(y + c));
+  }
+  const float low = hmin(lowest) + 0.0f, high = hmax(highest);  // a zero is +0, whichever zero of the row came first
+  if (stored_zero && bits == kSearchBits && low <= 0.0f && high >= 0.0f &&
+      (-low > high ? -low : high) >= kLeastSearched) {
+    return search_row(y, d, low, high, codes);
+  }
+  const ScaleZero row = min_max_scale(low, high, bits, stored_zero);
+  for (int c = 0; c < d; c += 16) {
+    istore(codes + c, round_codes(load(y + c), splat(row.scale), splat(row.zero), bits));
+  }
+  return row;
 }
 
 inline void repair(float* x, int d, bool dynamic) {
@@ -83,13 +146,14 @@ inline int encode_row(const Cache& cache, const cpu::CodecOps& codec, float* x, 
     store(x + c, min(max(y, splat(0.0f) - limit), limit));
   }
   if (format.rotate) hadamard(x, d);
-  const F top = splat(static_cast<float>((1 << bits) - 1));
-  const ScaleZero dynamic = format.dynamic ? dynamic_scale(x, d, bits, format.stored_zero) : ScaleZero{};
   int32_t codes[kMaxHeadDim];
-  for (int c = 0; c < d; c += 16) {
-    const F scale = format.dynamic ? splat(dynamic.scale) : load(param(kScale) + c);
-    const F zero = format.dynamic ? splat(dynamic.zero) : load(param(kZero) + c);
-    istore(codes + c, to_int(min(max(rint(load(x + c) / scale + zero), splat(0.0f)), top)));
+  ScaleZero dynamic{};
+  if (format.dynamic) {
+    dynamic = quantize_row(x, d, bits, format.stored_zero, codes);
+  } else {
+    for (int c = 0; c < d; c += 16) {
+      istore(codes + c, round_codes(load(x + c), load(param(kScale) + c), load(param(kZero) + c), bits));
+    }
   }
   codec.pack(codes, d, row);
   if (format.dynamic) {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/dynamic.h"
 #include "core/params.h"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
@@ -18,17 +19,13 @@ constexpr int kWarps = 4;
 constexpr int kMaxPasses = 4;  // row blocks that a block works through where there are many
 constexpr int64_t kManyBlocks = 4096;  // what keeps any GPU full for some rounds
 
-constexpr float kMaxZero = 1024.0f;  // see csrc/cpu/append.h
-constexpr float kMaxDynamic = 0x1p100f;  // same
-constexpr float kMinScale = 0x1p-126f;
-constexpr float kMaxScale = 0x1.fep127f;  // largest bf16
-
 // K or V of a launch.
 struct Side {
   Rows rows;
   Cache cache;
   int bits;
   bool integer;
+  bool searches;  // the range of a row
   float top;  // the largest code
   float steps, inverse;  // what a dynamic range divides into, and 1 / steps
   bool vectors;  // rows are 16-byte aligned
@@ -199,7 +196,7 @@ struct ScaleZero {
 // Scale and zero of a row from its least and greatest element, as stored: a bf16 and an fp16 value. Tiny: the row is so
 // small that remainders may underflow.
 template <bool Tiny>
-__device__ __forceinline__ ScaleZero dynamic_scale(const Side& side, float low, float high) {
+__device__ __forceinline__ ScaleZero min_max_scale(const Side& side, float low, float high) {
   const auto step = [&](float x) {
     return Tiny ? __fdiv_rn(x, side.steps) : divide_short(x, side.steps, side.inverse);
   };
@@ -225,17 +222,18 @@ __device__ __forceinline__ uint32_t code_bits(float quotient, float zero, float 
   return __float_as_uint(__fadd_rn(code, 0x1p23f));
 }
 
-// Scale and zero of a dynamic row, and its codes; x is spent. Scales stay below 2^110, as rows are cut to kMaxDynamic.
+// Scale and zero of a dynamic row by its range, and its codes; x is spent. Scales stay below 2^110, as rows are cut to
+// kMaxDynamic.
 template <int V>
 __device__ __forceinline__ ScaleZero row_codes(const Side& side, float low, float high, float (&x)[V],
                                                uint32_t (&code)[V]) {
   ScaleZero row;
   float divisor;
   if (fmaxf(fabsf(low), fabsf(high)) >= 0x1p-50f) {
-    row = dynamic_scale<false>(side, low, high);
+    row = min_max_scale<false>(side, low, high);
     divisor = row.scale;
   } else {  // a power of two lifts row and scale, exactly, to where remainders do not underflow
-    row = dynamic_scale<true>(side, low, high);
+    row = min_max_scale<true>(side, low, high);
     divisor = __fmul_rn(row.scale, 0x1p60f);
 #pragma unroll
     for (int i = 0; i < V; ++i) x[i] = __fmul_rn(x[i], 0x1p60f);
@@ -244,6 +242,83 @@ __device__ __forceinline__ ScaleZero row_codes(const Side& side, float low, floa
 #pragma unroll
   for (int i = 0; i < V; ++i) code[i] = code_bits(divide_short(x[i], divisor, inverse), row.zero, side.top);
   return row;
+}
+
+__device__ __forceinline__ bool is_searched(const Side& side, float low, float high) {
+  return side.searches && low <= 0.0f && high >= 0.0f && fmaxf(-low, high) >= kLeastSearched;
+}
+
+// x to the nearest whole number, half to even, for 0 <= x < 2^22.
+__device__ __forceinline__ float round_small(float x) { return __fsub_rn(__fadd_rn(x, 0x1p23f), 0x1p23f); }
+
+// The place of a unit on a grid as code + 2^23. Without `up` a half may go either way.
+__device__ __forceinline__ float place_on(const SearchGrid& grid, float unit, float up) {
+  const float part = __fmaf_rn(unit, 1.0f / (15.0f * grid.step), (up - grid.start) / (15.0f * grid.step));
+  return __fmaf_rn(__saturatef(part), 15.0f, 0x1p23f);
+}
+
+// search_rows of quant/dynamic.py, for rows that is_searched; the result of others is of no use. Units and what is summed of
+// them are whole numbers: squared errors below 2^22, products below 2^22 in a lane and 2^27 in a row. So sums are exact in any
+// order. Lanes share the grids out among themselves: 12 exchanges for 16 lanes.
+template <int V, int G>
+__device__ __forceinline__ ScaleZero search_row(const float (&x)[V], float low, float high, bool active,
+                                                uint32_t (&code)[V]) {
+  static_assert(kSearchGrids == 4 && G >= 4);
+  const float width = __fsub_rn(high, low), inverse = __fdiv_rn(kSearchUnits, width);
+  float unit[V], error[kSearchGrids] = {};
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    unit[i] = round_small(__fmul_rn(__fsub_rn(x[i], low), inverse));
+#pragma unroll
+    for (int j = 0; j < kSearchGrids; ++j) {
+      constexpr SearchGrid kPlain = search_grid(0);
+      const SearchGrid grid = search_grid(j);
+      const float place = j == 0 ? __fmaf_rn(unit[i], 1.0f / kPlain.step, 0x1p23f) : place_on(grid, unit[i], 0.0f);
+      const float from = __fsub_rn(unit[i], grid.start);
+      const float miss = __fmaf_rn(__fsub_rn(place, 0x1p23f), -grid.step, from);
+      error[j] = __fmaf_rn(miss, miss, error[j]);
+    }
+  }
+  const bool first = threadIdx.x & 1, second = threadIdx.x & 2;
+  const auto trade = [](auto keep, auto give, int step) { return keep + __shfl_xor_sync(kFullWarp, give, step); };
+#pragma unroll
+  for (int j = 0; j < kSearchGrids; ++j) error[j] = active ? error[j] : 0.0f;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    error[j] = trade(first ? error[2 + j] : error[j], first ? error[j] : error[2 + j], 1);
+  }
+  float mine = trade(second ? error[1] : error[0], second ? error[0] : error[1], 2);
+#pragma unroll
+  for (int step = 4; step < G; step *= 2) mine = trade(mine, mine, step);
+  float least = __fmaf_rn(mine, 4.0f, (first ? 2.0f : 0.0f) + (second ? 1.0f : 0.0f));  // the first of equals
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) least = fminf(least, __shfl_xor_sync(kFullWarp, least, step));
+  const int best = static_cast<int>(__float_as_uint(__fadd_rn(least, 0x1p23f)) & 3);
+
+  const SearchGrid grid = search_grid(best);
+  const float step_inverse = best == 0 ? 1.0f / 32.0f : 1.0f / 30.0f;
+  const float origin = __fmul_rn(__fsub_rn(0.0f, low), inverse), whole_origin = round_small(origin);
+  const float factor = best == 0 ? 1.0f / 480.0f : 1.0f / 450.0f, start = __fsub_rn(grid.start, whole_origin);
+  const float shift = __fmul_rn(__fsub_rn(0.25f, grid.start), factor);  // a quarter unit sends halves up
+  float square = 0.0f, product = 0.0f;  // lanes past the row have the unit of 0, the origin
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float place = __fmaf_rn(__saturatef(__fmaf_rn(unit[i], factor, shift)), 15.0f, 0x1p23f);
+    code[i] = __float_as_uint(place);
+    const float truth = __fsub_rn(unit[i], whole_origin);
+    square = __fmaf_rn(truth, truth, square);
+    product = __fmaf_rn(truth, __fmaf_rn(__fsub_rn(place, 0x1p23f), grid.step, start), product);
+  }
+  const int whole_square = __float2int_rn(square), whole_product = __float2int_rn(product);
+  int sum = trade(first ? whole_product : whole_square, first ? whole_square : whole_product, 1);
+#pragma unroll
+  for (int step = 2; step < G; step *= 2) sum = trade(sum, sum, step);
+  const int other = __shfl_xor_sync(kFullWarp, sum, 1);
+  const float gain = __fdiv_rn(__int2float_rn(first ? other : sum), __int2float_rn(first ? sum : other));
+  const float step = __fmul_rn(width, best == 0 ? 32.0f / kSearchUnits : 30.0f / kSearchUnits);
+  const float scale = __fmul_rn(step, fminf(fmaxf(gain, kMinGain), kMaxGain));
+  const float zero = divide_short(__fsub_rn(origin, grid.start), grid.step, step_inverse);
+  return {__bfloat162float(__float2bfloat16_rn(scale)), __half2float(__float2half_rn(zero))};
 }
 
 template <int Bits, int V>
@@ -414,7 +489,9 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? 8 : 4) append_kernel(con
       for (int i = 1; i < V; ++i) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
       if (!active) low = INFINITY, high = -INFINITY;
       row_range<G>(low, high);
-      const ScaleZero row = row_codes(side, low, high, x, code);
+      ScaleZero row;
+      if (side.searches) row = search_row<V, G>(x, low, high, active, code);
+      if (!is_searched(side, low, high)) row = row_codes(side, low, high, x, code);
       if (valid && lane % G == 0) {
         const uint32_t scale = __float_as_uint(row.scale) >> 16;
         const uint32_t zero = __half_as_ushort(__float2half_rn(row.zero));
@@ -438,7 +515,8 @@ Side side_of(const Rows& rows, const Cache& cache) {
   const bool integer = codec.kind == Kind::Integer;
   const float top = integer ? static_cast<float>((1 << codec.bits) - 1) : 1.0f;
   const float steps = cache.format.stored_zero || !integer ? top : static_cast<float>((1 << (codec.bits - 1)) - 1);
-  return {rows, cache, codec.bits, integer, top, steps, 1.0f / steps, vectors};
+  const bool searches = cache.format.dynamic && cache.format.stored_zero && codec.bits == kSearchBits;
+  return {rows, cache, codec.bits, integer, searches, top, steps, 1.0f / steps, vectors};
 }
 
 template <int V, int G>

@@ -12,6 +12,7 @@ from ops_helpers import (
     SPECS,
     Source,
     check_idempotent,
+    odd_rows,
     params_for,
     poisoned,
     pools,
@@ -22,7 +23,7 @@ from ops_helpers import (
 from torch import Tensor
 
 from quant import ops, reference
-from quant.pages import LayerPages
+from quant.pages import LayerPages, identity_params
 from quant.spec import PAGE_SIZES, KVSpec
 
 from .helpers import DEVICE, capture, cuda_only
@@ -144,6 +145,21 @@ def test_ties_go_to_the_even_code(name: str) -> None:
     slots = torch.arange(32)
     ops.append_kv(mine, *on_device(x, x, slots))
     reference.append_kv(want, x, x, slots)
+    assert same_bytes(mine, want)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("d", [16, 80, 128, 512])
+def test_odd_rows(name: str, d: int) -> None:
+    fmt, sample = FORMATS[name], rows(30, 1, d)
+    k, v = odd_rows(d)[:, None], odd_rows(d).flip(-1)[:, None]
+    mine, want = make(KVSpec(fmt, fmt), sample, sample)
+    for part in (mine.k, mine.v, want.k, want.v):
+        if fmt.is_dynamic:
+            part.set_params(identity_params(fmt, 1, d))
+    slots = torch.randperm(64)[: len(k)]
+    ops.append_kv(mine, *on_device(k, v, slots))
+    reference.append_kv(want, k, v, slots)
     assert same_bytes(mine, want)
 
 
