@@ -7,124 +7,91 @@
 namespace foldkv::cuda {
 namespace {
 
+// Code is kept short here, and in loops: what this kernel takes of the instruction caches, the next attend kernel misses.
 constexpr int kFewParts = 32;
 
-// Partial outputs on their way to a block: kRing slots of kStep<D> of them.
+// Partial outputs on their way to shared memory: kRing slots of kStep<D> of them for a block, or kFewParts for each warp.
 constexpr int kRing = 4;
 template <int D>
 constexpr int kStep = D > 128 ? 16 : 32;
 template <int D>
-constexpr int kRingBytes = kRing * kStep<D> * D * 4;
+constexpr int kRingBytes = kWarps * kFewParts * D * 4;
+static_assert(kRing * kStep<128> <= kWarps * kFewParts && kRing * kStep<256> <= kWarps * kFewParts,
+              "room for the ring");
 
-// A row's partials folded into groups, and groups into the row, for kEach of its channels.
-template <int kEach>
-struct Fold {
-  float row[kEach] = {}, group[kEach] = {};
-  float row_total = 0.0f, group_total = 0.0f;
-  int row_max = kEmpty, group_max = kEmpty;
-
-  __device__ __forceinline__ void add(float2 state, const float (&part)[kEach]) {
-    if (starts_group(state)) close();
-    const Rescale r = rescale(group_max, max_of(state));
-    group_max = r.max;
-    group_total = fold(group_total, state.y, r);
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) group[e] = fold(group[e], part[e], r);
-  }
-
-  // The group is done.
-  __device__ __forceinline__ void close() {
-    const Rescale r = rescale(row_max, group_max);
-    row_max = r.max;
-    row_total = fold(row_total, group_total, r);
-    group_max = kEmpty;
-    group_total = 0.0f;
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      row[e] = fold(row[e], group[e], r);
-      group[e] = 0.0f;
-    }
-  }
-};
-
-// What this kernel does: one query row and head.
+// One query row and head, and what became of its partials: sums of the channels 32 i + lane, their total and maximum.
+template <int D>
 struct Job {
   MergeItem item;
   int token, head;
+  float x[D / 32];
+  float total;
+  int max;
 
   __device__ __forceinline__ Job(const AttendParams& p, const MergeItem* merges, int most_queries, int64_t job)
       : item(merges[job / p.h_q / most_queries]),
         token(static_cast<int>(job / p.h_q % most_queries)),
         head(static_cast<int>(job % p.h_q)) {}
-  __device__ __forceinline__ PartialAt part(const AttendParams& p, int i, int d) const {
-    return partial_at(p, item.first_partial + token + static_cast<int64_t>(i) * item.q_count, head, d);
+  __device__ __forceinline__ PartialAt part(const AttendParams& p, int i) const {
+    return partial_at(p, item.first_partial + token + static_cast<int64_t>(i) * item.q_count, head, D);
   }
-};
-
-// A row by a warp; lane l has channels l, l + 32, ...
-template <int D>
-__device__ __forceinline__ void combine_few(const AttendParams& p, const Job& job, bool integer, float boost,
-                                            int lane) {
-  constexpr int kEach = D / 32, kAhead = D > 128 ? 8 : 16;
-  const int parts = job.item.parts;
-  Fold<kEach> fold;
-  float2 state = make_float2(__int_as_float(2 * kEmpty), 0.0f);
-  if (lane < parts) state = *job.part(p, lane, D).state;
-#pragma unroll 1
-  for (int first = 0; first < parts; first += kAhead) {
-    float x[kAhead][kEach];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= parts) continue;
-      const float* from = job.part(p, first + i, D).out + lane;
-#pragma unroll
-      for (int e = 0; e < kEach; ++e) x[i][e] = from[32 * e];
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (first + i >= parts) continue;
-      const float2 its =
-          make_float2(__shfl_sync(kFullWarp, state.x, first + i), __shfl_sync(kFullWarp, state.y, first + i));
-      fold.add(its, x[i]);
-    }
+  // State of a partial, an empty one past the last.
+  __device__ __forceinline__ float2 state(const AttendParams& p, int i) const {
+    return i < item.parts ? *part(p, i).state : pack_state(kEmpty, 0.0f, false);
   }
-  fold.close();
-  finish_row<D>(p, integer, job.item.q_row + job.token, job.head, fold.row_max, fold.row_total, boost, fold.row, lane);
-}
-
-// The partials of a row on their way to a block.
-template <int D>
-class Parts {
- public:
-  __device__ Parts(const AttendParams& p, const Job& job) : p_(p), job_(job) {
-#pragma unroll
-    for (int step = 0; step < kRing - 1; ++step) fetch(step);
-  }
-
-  // Step `step`, arrived; also a barrier for the block.
-  __device__ const float* next(int step) {
-    copy_wait<kRing - 2>();
-    __syncthreads();
-    fetch(step + kRing - 1);
-    return reinterpret_cast<const float*>(shared_memory) + step % kRing * kStep<D> * D;
-  }
-
- private:
-  __device__ void fetch(int step) const {
+  // Ask for partials first .. first + count - 1, by threads 0 .. num_threads - 1; `to`: in shared memory.
+  __device__ __forceinline__ void fetch(const AttendParams& p, uint32_t to, int first, int count, int thread,
+                                        int num_threads) const {
     constexpr int kPieces = D / 4;  // 16 bytes each
-    const uint32_t to = shared_address(shared_memory) + step % kRing * kStep<D> * D * 4;
-#pragma unroll
-    for (int piece = threadIdx.x; piece < kStep<D> * kPieces; piece += kThreads) {
-      const int part = step * kStep<D> + piece / kPieces;
-      if (part >= job_.item.parts) break;
-      copy_async(to + piece * 16, job_.part(p_, part, D).out + piece % kPieces * 4);
+#pragma unroll 4
+    for (int piece = thread; piece < count * kPieces; piece += num_threads) {
+      const int i = first + piece / kPieces;
+      if (i >= item.parts) break;
+      copy_async(to + piece * 16, part(p, i).out + piece % kPieces * 4);
     }
     copy_commit();
   }
-
-  const AttendParams& p_;
-  const Job& job_;
 };
+
+// By a warp: parts are folded into their group, groups into the row.
+template <int D>
+__device__ __forceinline__ void combine_few(const AttendParams& p, Job<D>& job, int warp, int lane) {
+  constexpr int kEach = D / 32;
+  float* from = reinterpret_cast<float*>(shared_memory) + warp * kFewParts * D;
+  const float2 state = job.state(p, lane);
+  __syncwarp();  // all have left the partials before
+  job.fetch(p, shared_address(from), 0, kFewParts, lane, 32);
+  copy_wait<0>();
+  __syncwarp();
+  float group[kEach] = {}, group_total = 0.0f;
+  int group_max = kEmpty;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) job.x[e] = 0.0f;
+  job.total = 0.0f;
+  job.max = kEmpty;
+#pragma unroll 1
+  for (int i = 0; i <= job.item.parts; ++i) {
+    const float2 its = make_float2(__shfl_sync(kFullWarp, state.x, i & 31), __shfl_sync(kFullWarp, state.y, i & 31));
+    if (i == job.item.parts || starts_group(its)) {  // the group before is done
+      const Rescale r = rescale(job.max, group_max);
+      job.max = r.max;
+      job.total = fold(job.total, group_total, r);
+      group_max = kEmpty;
+      group_total = 0.0f;
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        job.x[e] = fold(job.x[e], group[e], r);
+        group[e] = 0.0f;
+      }
+      if (i == job.item.parts) break;
+    }
+    const Rescale r = rescale(group_max, max_of(its));
+    group_max = r.max;
+    group_total = fold(group_total, its.y, r);
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) group[e] = fold(group[e], from[i * D + 32 * e + lane], r);
+  }
+}
 
 // What each of up to kThreads partials is multiplied by in its group's fold, and, where it begins a group, what the group
 // before is in the row's; in chunk order.
@@ -193,41 +160,50 @@ __device__ __forceinline__ void share_factors(Factors& f, float2 state, Carried&
   __syncthreads();
 }
 
-// A row by a block; thread t has channels t, t + 128. The same sums as Fold's, in the same order.
+// By a block, thread t the channels t, t + 128; the first warp has the result. The same sums in the same order.
 template <int D>
-__device__ void combine_many(const AttendParams& p, const Job& job, bool integer, float boost) {
+__device__ __forceinline__ void combine_many(const AttendParams& p, Job<D>& job, int lane) {
   constexpr int kEach = (D + kThreads - 1) / kThreads;
   __shared__ Factors f;
   __shared__ float sums[D];
-  const auto state_of = [&](int part) {
-    return part < job.item.parts ? *job.part(p, part, D).state : pack_state(kEmpty, 0.0f, false);
-  };
-  Parts<D> parts(p, job);
-  float2 state = state_of(threadIdx.x);
-  Carried carried;
-  float row[kEach] = {}, group[kEach] = {}, row_total = 0.0f, group_total = 0.0f;
-  const auto close = [&](const Rescale& r) {
-    row_total = fold(row_total, group_total, r);
-    group_total = 0.0f;
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      row[e] = fold(row[e], group[e], r);
-      group[e] = 0.0f;
-    }
+  const uint32_t ring = shared_address(shared_memory);
+  const int parts = job.item.parts;
+  const auto fetch = [&](int step) {
+    job.fetch(p, ring + step % kRing * kStep<D> * D * 4, step * kStep<D>, kStep<D>, threadIdx.x, kThreads);
   };
 #pragma unroll 1
-  for (int step = 0; step * kStep<D> < job.item.parts; ++step) {
-    const int at = step * kStep<D> % kThreads;
-    if (at == 0) {
+  for (int step = 0; step < kRing - 1; ++step) fetch(step);
+  float2 state = job.state(p, threadIdx.x);
+  Carried carried;
+  float row[kEach] = {}, group[kEach] = {}, row_total = 0.0f, group_total = 0.0f;
+#pragma unroll 1
+  for (int step = 0;; ++step) {
+    const int first = step * kStep<D>, at = first % kThreads;
+    if (at == 0 && first < parts) {
       share_factors(f, state, carried);
-      state = state_of(step * kStep<D> + kThreads + threadIdx.x);  // of the next ones, ahead of their use
+      state = job.state(p, first + kThreads + threadIdx.x);  // of the next ones, ahead of their use
     }
-    const float* from = parts.next(step) + threadIdx.x;
-    const int count = min(job.item.parts - step * kStep<D>, kStep<D>);
+    copy_wait<kRing - 2>();
+    __syncthreads();
+    fetch(step + kRing - 1);
+    const float* from = reinterpret_cast<const float*>(shared_memory) + step % kRing * kStep<D> * D + threadIdx.x;
     const unsigned starts = f.starts[at / 32] >> at % 32;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      if ((starts >> i & 1) != 0) close({0, f.closing[at + i].x, f.closing[at + i].y});
+#pragma unroll 1
+    for (int i = 0; i < kStep<D> && first + i <= parts; ++i) {
+      const bool end = first + i == parts;
+      if (end || (starts >> i & 1) != 0) {  // the group before is done
+        const float2 factor = f.closing[at + i];
+        const Rescale r = end ? rescale(carried.row_max, carried.group_max) : Rescale{0, factor.x, factor.y};
+        row_total = fold(row_total, group_total, r);
+        group_total = 0.0f;
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          row[e] = fold(row[e], group[e], r);
+          group[e] = 0.0f;
+        }
+        job.max = r.max;
+        if (end) break;
+      }
       const Rescale r = {0, f.inside[at + i].x, f.inside[at + i].y};
       group_total = fold(group_total, f.total[at + i], r);
 #pragma unroll
@@ -235,22 +211,17 @@ __device__ void combine_many(const AttendParams& p, const Job& job, bool integer
         if (D % kThreads == 0 || threadIdx.x < D) group[e] = fold(group[e], from[i * D + e * kThreads], r);
       }
     }
+    if (first + kStep<D> > parts) break;
   }
   copy_wait<0>();
-  const Rescale last = rescale(carried.row_max, carried.group_max);
-  close(last);
+  job.total = row_total;
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
     if (D % kThreads == 0 || threadIdx.x < D) sums[threadIdx.x + e * kThreads] = row[e];
   }
   __syncthreads();
-  if (threadIdx.x < 32) {
-    float x[D / 32];
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) x[i] = sums[32 * i + threadIdx.x];
-    finish_row<D>(p, integer, job.item.q_row + job.token, job.head, last.max, row_total, boost, x, threadIdx.x);
-  }
-  __syncthreads();
+  for (int i = 0; i < D / 32; ++i) job.x[i] = sums[32 * i + lane];
 }
 
 template <int D>
@@ -263,20 +234,35 @@ __global__ void __launch_bounds__(kThreads, 3)
   const auto* merges = reinterpret_cast<const MergeItem*>(plan + head_a.w);
   const int64_t num_jobs = head_b.x != kPlanOk ? 0 : static_cast<int64_t>(head_a.y) * most_queries * p.h_q;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // Neighbours of a row have their partials beside its own, so a block's warps take neighbours.
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  if (first < num_jobs) prefetch(merges + first / p.h_q / most_queries);
+  // First the rows of few partials, by warps; neighbours in a block have neighbouring rows. Then the others, by blocks.
+  bool few = true;
+  int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  if (at < num_jobs) prefetch(merges + at / p.h_q / most_queries);
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
-  for (int64_t at = first; at < num_jobs; at += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const Job job(p, merges, most_queries, at);
-    if (job.token < job.item.q_count && job.item.parts <= kFewParts) combine_few<D>(p, job, integer, boost, lane);
-  }
-  if (most_parts <= kFewParts) return;
-  for (int64_t at = blockIdx.x; at < num_jobs; at += gridDim.x) {
-    const Job job(p, merges, most_queries, at);
-    if (job.token < job.item.q_count && job.item.parts > kFewParts) combine_many<D>(p, job, integer, boost);
+#pragma unroll 1
+  while (true) {
+    if (at >= num_jobs) {
+      if (!few || most_parts <= kFewParts) break;
+      few = false;
+      at = blockIdx.x;
+      __syncthreads();  // all have left their own partials
+      continue;
+    }
+    Job<D> job(p, merges, most_queries, at);
+    if (job.token < job.item.q_count && job.item.parts <= kFewParts == few) {
+      if (few) {
+        combine_few<D>(p, job, warp, lane);
+      } else {
+        combine_many<D>(p, job, lane);
+      }
+      if (few || warp == 0) {
+        finish_row<D>(p, integer, job.item.q_row + job.token, job.head, job.max, job.total, boost, job.x, lane);
+      }
+      if (!few) __syncthreads();
+    }
+    at += static_cast<int64_t>(gridDim.x) * (few ? kWarps : 1);
   }
 }
 
