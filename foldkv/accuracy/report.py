@@ -162,7 +162,7 @@ def accuracy_report(
     scales, scales_facts = _load_scales(scales, model)
     base, sources = make_sources(model, modes, scales)
     names = None if baselines is None and sizes.baselines else list(baselines or ())
-    others, left_out = make_baselines(names, _head_dim(model), scales)
+    others, left_out = make_baselines(names, model, scales, sizes.decode_len if sizes.decode_windows else 0)
     refused = base.refuses_decode(model, sizes.decode_len) if any(way.graphs for way in ways) else None
     if refused is not None:
         if graphs:
@@ -259,13 +259,6 @@ def _check_sizes(model: PreTrainedModel, ways: Sequence[Way], limit: float) -> N
         if not 2 <= way.length <= limit:
             wanted = f"2 .. {limit} tokens, the model's maximum" if limit < float("inf") else "at least 2 tokens"
             raise ArgumentError(describe(f"length of {way.name} windows", wanted, str(way.length)))
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    """The smallest head of the model, by which baselines with blocks are chosen."""
-    from foldkv.hf.models import kv_shapes
-
-    return min(head_dim for _, head_dim in kv_shapes(model.config.get_text_config(decoder=True)))
 
 
 def _fingerprint(

@@ -101,11 +101,10 @@ def report(
     gates = _check_usage(modes, fail_if or [], level, sizes | {"new_tokens": new_tokens})
     folder = scales_folder(model, scales)
     from foldkv.accuracy import accuracy_report
-    from foldkv.accuracy.baselines import all_names
     from foldkv.accuracy.partial import Partial
     from foldkv.hf import load_model
 
-    names = {None: None, "all": all_names(), "none": []}.get(baselines, (baselines or "").split(","))
+    names = {None: None, "none": []}.get(baselines, (baselines or "").split(","))
     if fresh:
         Partial(out, {}).clear()
     loaded, tokenizer = load_model(model, dtype or ("float32" if device == "cpu" else "auto"), device)
