@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from quant.errors import UnsupportedModelError
 from quant.spec import KVSpec, LayerSpecs
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from quant.scales import KVScales
+
+PIECE = 7
+"""Tokens by which a prompt is longer than what an engine that takes it in pieces appends at once."""
 
 
 class ModeSource(CacheSource):
@@ -44,6 +49,29 @@ class ModeSource(CacheSource):
         with Engine(model, max_batch=ids.shape[0], max_seq_len=ids.shape[1], buckets=(ids.shape[0],)) as engine:
             for position, logits in enumerate(engine.score(ids, prefill), prefill - 1):
                 yield position, logits[:, None]
+
+    def generate(
+        self, model: PreTrainedModel, prompts: Tensor, num_tokens: int, *, pieces: bool = False,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> tuple[Tensor, bool]:  # fmt: skip
+        """Greedy tokens int64 `[n, num_tokens]` after prompts `[n, length]` by `foldkv.Engine`, all in one batch.
+
+        pieces: prompts appended in pieces, and half of them in a batch. advance: called with the tokens generated.
+        The source must be open. Gives also whether every step was the replay of a CUDA graph.
+        """
+        from foldkv.engine import Engine, SamplingParams
+
+        count, length = prompts.shape
+        batch = -(-count // 2) if pieces else count
+        prefill = max(1, length - PIECE) if pieces else count * length
+        texts: list[list[int]] = [[] for _ in range(count)]
+        with Engine(
+            model, max_batch=batch, max_seq_len=length + num_tokens, buckets=(batch,), prefill_tokens=prefill
+        ) as engine:
+            for row, token in engine.stream(list(prompts), SamplingParams(num_tokens, stop_token_ids=())):
+                texts[row].append(token)
+                advance(1)
+            return torch.tensor(texts), not engine.no_graph_reason
 
     def refuses_decode(self, model: PreTrainedModel, length: int) -> str | None:
         """What the engine says to the model; an engine for one sequence is made to find out."""

@@ -134,7 +134,8 @@ def accuracy_report(
     baselines: other formats beside ours, see `baselines.BASELINES`; None: the level's, an empty list: none.
     tasks: of lm-evaluation-harness, which must be installed, see `tasks.run_tasks`; tasks_path: a folder of their YAML files;
         task_limit: examples of each.
-    graphs: decode our modes through `foldkv.Engine`, where each step is one captured graph; default on a GPU.
+    graphs: decode our modes through `foldkv.Engine`, where each step is one captured graph; default on a GPU. Greedy texts
+        go through it by default on a CPU too, without graphs.
     seed: of text that the model writes; by default one that the calibration did not use. text_column: of a .jsonl file.
     gates: see `gates.parse_gate`. setup: entries of the set-up stamp that the caller knows better ("model", "command").
     work_dir: keep finished runs here, and go on from those of an earlier call that was cut short.
@@ -163,12 +164,15 @@ def accuracy_report(
     base, sources = make_sources(model, modes, scales)
     names = None if baselines is None and sizes.baselines else list(baselines or ())
     others, left_out = make_baselines(names, model, scales, sizes.decode_len if sizes.decode_windows else 0)
-    refused = base.refuses_decode(model, sizes.decode_len) if any(way.graphs for way in ways) else None
+    texts = bool(sizes.prompts and sizes.new_tokens) and graphs is not False
+    longest = max(sizes.decode_len, sizes.prompt_len + sizes.new_tokens if texts else 0)
+    wanted = texts or any(way.graphs for way in ways)
+    refused = base.refuses_decode(model, longest) if wanted else None
     if refused is not None:
         if graphs:
             raise ArgumentError(describe("graphs", "a model that foldkv.Engine serves", refused))
-        ways = [replace(way, graphs=False) for way in ways]
-        left_out.append(f"CUDA graphs, as foldkv.Engine refuses the model: {refused}")
+        ways, texts = [replace(way, graphs=False) for way in ways], False
+        left_out.append(f"foldkv.Engine, which refuses the model: {refused}")
     extras = extra_paths(sizes)
     for gate in gates:
         check_gate(gate, [source.name for source in sources], [way.name for way in ways], extras)
@@ -183,8 +187,9 @@ def accuracy_report(
         # Said once, as a note of the report.
         warnings.filterwarnings("ignore", message="foldkv: sequences are now longer", category=UserWarning)
         found = measure(
-            model, text.ids, base, sources, others, ways, sizes, scales, partial, progress=progress, on_result=on_result
-        )
+            model, text.ids, base, sources, others, ways, sizes, scales, partial,
+            engine=texts, progress=progress, on_result=on_result,
+        )  # fmt: skip
         if tokenizer is not None:
             args = (tokenizer, found, partial, [base, *sources])
             _needle(model, *args, limit if sizes.needle else 0)
