@@ -26,6 +26,7 @@ from .gates import Gate, GateResult, check_gate, evaluate_gate
 from .measure import Found, OnResult, extra_paths, measure
 from .mode_source import ModeSource
 from .needle import needle_grid
+from .pages import write_files
 from .partial import Partial, scales_digest, weights_digest
 from .sources import CacheSource
 from .stamp import file_sha256, stamp
@@ -67,7 +68,10 @@ class AccuracyReport:
         return self.failed_gates
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write report.json, report.md and report.html into `directory`, made if missing; each appears whole or not."""
+        """Write report.json, report.md and report.html into `directory`, made if missing; each appears whole or not.
+
+        Where an ops.html lies there, the two pages link to each other.
+        """
         from .render import to_html, to_markdown
 
         return write_files(
@@ -78,22 +82,6 @@ class AccuracyReport:
                 "report.html": to_html(self.data),
             },
         )
-
-
-def write_files(directory: str | os.PathLike[str], contents: dict[str, str]) -> list[Path]:
-    """Write texts into `directory`, made if missing; each file appears whole or not at all."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in contents.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        written.append(folder / name)
-    return written
 
 
 def accuracy_report(
@@ -302,5 +290,5 @@ def _load_scales(
 
 
 __all__ = [
-    "BASE_MODE", "DEFAULT_MODES", "AccuracyReport", "Effort", "accuracy_report", "make_sources", "write_files",
+    "BASE_MODE", "DEFAULT_MODES", "AccuracyReport", "Effort", "accuracy_report", "make_sources",
 ]  # fmt: skip
