@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quant.errors import UnsupportedModelError
-from quant.spec import KVSpec, LayerSpecs
+from quant.errors import ArgumentError, UnsupportedModelError, describe
+from quant.spec import KVSpec, LayerSpecs, parse_modes
 
 from .emulate import EmulatedSource, spec_codecs
 from .sources import CacheSource, NewCache
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from quant.scales import KVScales
+
+Mode = str | KVSpec | LayerSpecs | CacheSource
 
 PIECE = 7
 """Tokens by which a prompt is longer than what an engine that takes it in pieces appends at once."""
@@ -91,6 +93,19 @@ class ModeSource(CacheSource):
         spec = self.specs.default
         layers = {str(i): f"{layer.k} / {layer.v}" for i, layer in sorted(self.specs.layers.items())}
         return {"k_format": str(spec.k), "v_format": str(spec.v)} | ({"layer_formats": layers} if layers else {})
+
+
+def make_source(mode: Mode, model: PreTrainedModel, scales: KVScales | None) -> CacheSource:
+    """The source of a mode, on this model; a `CacheSource` is given back as it is. ArgumentError for a bad mode."""
+    if isinstance(mode, CacheSource):
+        return mode
+    float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    specs = parse_modes(mode, num_layers, float_codec, scales.plan if scales else None)
+    if scales is None and specs.needs_scales:
+        fix = "calibrate the model first: foldkv calibrate MODEL"
+        raise ArgumentError(describe(f"mode {specs.name}", "the scales of a calibration", "none", fix))
+    return ModeSource(mode if isinstance(mode, str) else specs.name, specs, scales)
 
 
 def _is_quantised(spec: KVSpec) -> bool:

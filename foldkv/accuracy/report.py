@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from quant.errors import ArgumentError, describe
 from quant.scale_files import SCALES_FILE
 from quant.scales import KVScales
-from quant.spec import CONTROL_MODE, KVSpec, LayerSpecs, parse_modes
+from quant.spec import CONTROL_MODE
 
 from .assemble import assemble
 from .baselines import make_baselines
@@ -24,7 +23,7 @@ from .effort import Effort, effort
 from .evaluate import Way, make_ways
 from .gates import Gate, GateResult, check_gate, evaluate_gate
 from .measure import Found, OnResult, extra_paths, measure
-from .mode_source import ModeSource
+from .mode_source import Mode, make_source
 from .needle import needle_grid
 from .pages import write_files
 from .partial import Partial, scales_digest, weights_digest
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 
 BASE_MODE = "c16"
 DEFAULT_MODES = ("c8", "k8v4", "c4")
-
-Mode = str | KVSpec | LayerSpecs | CacheSource
 
 
 @dataclass
@@ -192,24 +189,13 @@ def make_sources(
     model: PreTrainedModel, modes: Sequence[Mode], scales: KVScales | None
 ) -> tuple[CacheSource, list[CacheSource]]:
     """The base and the sources to compare with it, in order, the control last. ArgumentError for a bad mode."""
-    float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-
-    def source(mode: Mode) -> CacheSource:
-        if isinstance(mode, CacheSource):
-            return mode
-        specs = parse_modes(mode, num_layers, float_codec, scales.plan if scales else None)
-        if scales is None and specs.needs_scales:
-            fix = "calibrate the model first: foldkv calibrate MODEL"
-            raise ArgumentError(describe(f"mode {specs.name}", "the scales of a calibration", "none", fix))
-        return ModeSource(mode if isinstance(mode, str) else specs.name, specs, scales)
-
-    sources = [source(mode) for mode in (*(mode for mode in modes if mode != CONTROL_MODE), CONTROL_MODE)]
+    wanted = (*(mode for mode in modes if mode != CONTROL_MODE), CONTROL_MODE)
+    sources = [make_source(mode, model, scales) for mode in wanted]
     names = [source.name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ArgumentError(describe("modes", "each one once", f"{twice[0]} twice"))
-    return source(BASE_MODE), sources
+    return make_source(BASE_MODE, model, scales), sources
 
 
 def _needle(

@@ -64,7 +64,8 @@ def report(
         typer.Option(help="Other formats beside ours: all, none, or names: fp8,q4_0 (default: the level's)."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness (pip install lm_eval), scored through the cache.")
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness (pip install lm_eval accelerate), scored through the cache."),
     ] = None,
     tasks_path: Annotated[Path | None, typer.Option(help="Folder of their YAML files, for tasks of your own.")] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
