@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from calib_helpers import stats_of
 from hf_helpers import save_checkpoint, tiny_model, tokens
-from test_calib_derive import stats_of
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -71,9 +71,7 @@ def test_words_and_modes() -> None:
 
 def scales_of(k: Tensor, v: Tensor, weight: Tensor | None = None) -> KVScales:
     """One layer of these rows, which are its sampled tokens too."""
-    layer = LayerStats(stats_of(k, weight), stats_of(v))
-    layer.k.sample, layer.v.sample = k, v
-    return KVScales([layer])
+    return KVScales([LayerStats(stats_of(k, weight), stats_of(v))])
 
 
 def test_screening_finds_what_helps_and_offers_no_more() -> None:
