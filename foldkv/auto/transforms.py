@@ -1,7 +1,7 @@
 """Which of mean, balance and rotation a dynamic 4-bit format takes, for each tensor by itself.
 
 All eight combinations are screened without a forward pass: by the error that they leave in the calibration's sampled tokens,
-weighted as the collected statistics say that it counts. That error follows the KL divergence of the output to about 10 %
+weighted as the collected statistics say that it counts. That error orders them as the KL divergence of the output does
 (docs/log.md), so only a combination that is promising is measured on the model, beside the one with all three.
 """
 
