@@ -33,7 +33,10 @@ def static_cache(model: PreTrainedModel, batch: int, seq_len: int, steps: int) -
 
 
 def quantized_cache(kind: QuantizedCacheKind, model: PreTrainedModel, batch: int, seq_len: int, steps: int) -> Step:
-    """A decoding step on a QuantizedCache of random K and V; it cannot be compiled. ImportError without its backend."""
+    """A decoding step on a QuantizedCache of random K and V; it cannot be compiled. ImportError without its backend.
+
+    What transformers spends on quantising all anew, once in 128 steps, is in the row only where there are so many.
+    """
     config = model.config.get_text_config(decoder=True)
     cache = kind.make(config)
     for idx, (h_kv, head_dim) in enumerate(kv_shapes(config)):
