@@ -18,6 +18,7 @@ from .codecs import Codec, codec, codecs
 from .errors import ArgumentError, describe
 
 SCALINGS = ("none", "head", "channel", "token")
+TRANSFORMS = ("center", "balance", "rotate")
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 512
 
@@ -97,10 +98,27 @@ class Format:
         parts = [self.codec]
         if self.scaling != "none":
             parts += [self.scaling, "sym" if self.symmetric else "asym"]
-        parts += [name for name in ("center", "balance", "rotate") if getattr(self, name)]
+        parts += [name for name in TRANSFORMS if getattr(self, name)]
         if self.clip != 1.0:
             parts.append(f"clip={self.clip:g}")
         return ".".join(parts)
+
+
+def parse_format(text: str) -> Format:
+    """The format whose `str` is `text`, as "int4.token.asym.center.rotate". ArgumentError for any other text."""
+    head, _, clip = text.partition(".clip=")
+    name, *parts = head.split(".")
+    scaling, rest = parts[0] if parts else "none", parts[2:]
+    try:
+        fmt = Format(
+            name, scaling, symmetric="asym" not in parts[1:2], center="center" in rest, balance="balance" in rest,
+            rotate="rotate" in rest, clip=float(clip or 1.0),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ArgumentError(f"format {text!r}: {error}") from error
+    if str(fmt) != text:
+        raise ArgumentError(describe("format", f"the form CODEC.SCALING.sym|asym.TRANSFORMS, as {fmt}", repr(text)))
+    return fmt
 
 
 @dataclass(frozen=True)
@@ -156,17 +174,25 @@ AUTO_MODE = "auto"
 def resolve_mode(mode: str | KVSpec, float_codec: str = "fp16") -> KVSpec:
     """The `KVSpec` that `mode` names.
 
-    mode: a name of `MODES`, `K/V` with two of them (K of the first, V of the second), or a ready `KVSpec`.
+    mode: a name of `MODES`, `K/V` with two of them (K of the first, V of the second), or a ready `KVSpec`. A format's own
+        text, as int4.token.asym.center.rotate, does where a name does.
     float_codec: the 16-bit codec that `c16` stands for, "fp16" or "bf16".
     """
     if isinstance(mode, KVSpec):
         return mode
     names = mode.split("/")
-    if len(names) > 2 or any(name not in MODES for name in names):
+    if len(names) > 2 or any(name not in MODES and "." not in name for name in names):
         raise ArgumentError(describe("mode", f"one of {', '.join(MODES)}, or 'K/V' of two of them", repr(mode)))
-    k, v = MODES[names[0]].k, MODES[names[-1]].v
+    k, v = _part(names[0], "k"), _part(names[-1], "v")
     k, v = (Format(float_codec) if part == Format("fp16") else part for part in (k, v))
     return KVSpec(k, v, name=mode)
+
+
+def _part(name: str, tensor: str) -> Format:
+    """The format of K or V in a mode, or the one that `name` spells out."""
+    if name not in MODES:
+        return parse_format(name)
+    return MODES[name].k if tensor == "k" else MODES[name].v
 
 
 @dataclass(frozen=True)
@@ -242,6 +268,6 @@ def check_page_size(page_size: int) -> None:
 
 
 __all__ = [
-    "AUTO_MODE", "CONTROL_MODE", "MAX_HEAD_DIM", "MODES", "PAGE_SIZES", "Format", "KVSpec", "LayerSpecs",
-    "check_head_dim", "check_page_size", "codecs", "parse_modes", "resolve_mode",
+    "AUTO_MODE", "CONTROL_MODE", "MAX_HEAD_DIM", "MODES", "PAGE_SIZES", "TRANSFORMS", "Format", "KVSpec", "LayerSpecs",
+    "check_head_dim", "check_page_size", "codecs", "parse_format", "parse_modes", "resolve_mode",
 ]  # fmt: skip

@@ -34,6 +34,14 @@ def capture(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> dict[int, 
     return seen
 
 
+def stats_of(rows: Tensor, weight: Tensor | None = None) -> TensorStats:
+    """Statistics of fp32 rows `[tokens, h_kv, d]`, all of which are the sample too. weight: default 1."""
+    percentiles = torch.quantile(rows, torch.tensor(PERCENTILES) / 100, dim=0)
+    low, high = rows.amin(0), rows.amax(0)
+    weight = torch.ones_like(low) if weight is None else weight
+    return TensorStats(low, high, rows.mean(0), rows.var(0, correction=0), percentiles, weight, len(rows), sample=rows)
+
+
 def random_stats(h_kv: int = H_KV, d: int = HEAD_DIM, seed: int = 0, static: bool = True) -> TensorStats:
     """Sound statistics of random numbers."""
     rows = torch.randn(200, h_kv, d, generator=torch.Generator().manual_seed(seed))

@@ -22,12 +22,12 @@ VOCAB = 96
 torch.set_num_threads(1)
 
 
-def tiny_model() -> LlamaForCausalLM:
-    """Two layers, two kv heads of 32 channels, weights large enough for K, V and logits to matter."""
+def tiny_model(head_dim: int = 32) -> LlamaForCausalLM:
+    """Two layers, two kv heads of 32 channels or others, weights large enough for K, V and logits to matter."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.12, bos_token_id=1,
+        num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=512, initializer_range=0.12, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

@@ -33,6 +33,7 @@ def bench(path: Path, *words: str) -> dict[str, Any]:
 
 def test_rows_of_modes_cases_and_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
     monkeypatch.setattr("torch.compile", lambda call, **options: compiled.append(options) or call)
     data = bench(tmp_path / "x.json", "--kv", "c16,c8,c4r", "--cases", "3x100,1x1k", "--peers", "static,hqq8")
     assert data["kind"] == "model" and "--cases 3x100,1x1k" in data["command"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calib_helpers import random_scales
+from calib_helpers import random_scales, stats_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +13,7 @@ from calib.derive import HEAD_ROOM_8BIT, MAX_BALANCE, balance, layer_params, sta
 from quant.errors import ArgumentError, ScaleFileError
 from quant.pages import BALANCE, MEAN, SCALE, ZERO, PagedTensor, identity_params
 from quant.reference import decode, encode, hadamard
-from quant.scales import PERCENTILES, StaticScale, TensorStats
+from quant.scales import StaticScale
 from quant.spec import MODES, Format
 
 STATIC = [
@@ -22,19 +22,6 @@ STATIC = [
     for scaling in ("channel", "head")
     for symmetric in (True, False)
 ]
-
-
-def stats_of(rows: Tensor, weight: Tensor | None = None) -> TensorStats:
-    """Statistics of fp32 rows `[tokens, h_kv, d]`."""
-    return TensorStats(
-        min=rows.amin(0),
-        max=rows.amax(0),
-        mean=rows.mean(0),
-        var=rows.var(0, correction=0),
-        percentiles=torch.quantile(rows, torch.tensor(PERCENTILES) / 100, dim=0),
-        weight=torch.ones(rows.shape[1:]) if weight is None else weight,
-        tokens=len(rows),
-    )
 
 
 def round_trip(rows: Tensor, fmt: Format, params: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from calib_helpers import capture, rows_of
+from calib_helpers import capture, rows_of, stats_of
 from hf_helpers import tiny_model, tokens
 from torch import Tensor
 
@@ -17,18 +17,11 @@ from calib.estimators import ESTIMATORS, Target, estimate, estimator, parse_esti
 from calib.estimators.target import FACTORS
 from calib.sequences import LayerSequences, SequenceSample
 from quant.errors import ArgumentError, CalibrationError
-from quant.scales import PERCENTILES, StaticScale, TensorStats
+from quant.scales import StaticScale, TensorStats
 from quant.spec import Format
 
 CHANNEL = Format("int4", "channel", symmetric=False)
 HEAD = Format("int4", "head", symmetric=True)
-
-
-def stats_of(rows: Tensor, weight: Tensor | None = None) -> TensorStats:
-    percentiles = torch.quantile(rows, torch.tensor(PERCENTILES) / 100, dim=0)
-    low, high = rows.amin(0), rows.amax(0)
-    weight = torch.ones_like(low) if weight is None else weight
-    return TensorStats(low, high, rows.mean(0), rows.var(0, correction=0), percentiles, weight, len(rows), sample=rows)
 
 
 def heavy(n: int = 300, h: int = 2, d: int = 16, seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,9 +96,13 @@ def test_the_harness_scores_through_the_cache(tasks: Path) -> None:
     def perplexity(result: dict[str, Any]) -> float:
         return float(result["results"]["local_rolling"]["word_perplexity,none"])
 
-    lm = example.HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=8, max_length=256)
-    manager = example.TaskManager(include_path=str(tasks), include_defaults=False)
-    stock = example.simple_evaluate(model=lm, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=False)
+    lm = import_module("lm_eval.models.huggingface").HFLM(
+        pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=8, max_length=256
+    )
+    manager = import_module("lm_eval.tasks").TaskManager(include_path=str(tasks), include_defaults=False)
+    stock = import_module("lm_eval").simple_evaluate(
+        model=lm, tasks=names, task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
     options = {"include_path": str(tasks), "max_length": 256}
     for route in ("prefill", "decode"):
         exact = example.evaluate(model, tokenizer, names, "c32", route=route, **options)

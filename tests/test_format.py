@@ -14,7 +14,17 @@ from quant.codecs import codecs
 from quant.errors import ArgumentError
 from quant.layout import meta_page_bytes, page_bytes, row_bytes
 from quant.pages import LayerPages
-from quant.spec import CONTROL_MODE, MODES, PAGE_SIZES, Format, KVSpec, LayerSpecs, parse_modes, resolve_mode
+from quant.spec import (
+    CONTROL_MODE,
+    MODES,
+    PAGE_SIZES,
+    Format,
+    KVSpec,
+    LayerSpecs,
+    parse_format,
+    parse_modes,
+    resolve_mode,
+)
 
 Append = Callable[[LayerPages, Tensor, Tensor, Tensor], None]
 BITS_AT_128 = {
@@ -110,6 +120,31 @@ def test_resolve_mode() -> None:
     for wrong in ("c8/c4/c4", "", "c8/", "C8", "c8,c4"):
         with pytest.raises(ArgumentError, match=r"^mode: expected one of c32, c16, .* or 'K/V' of two of them, got "):
             resolve_mode(wrong)
+
+
+def test_a_format_is_named_by_its_own_text() -> None:
+    """Every format of the modes, and each combination of transforms, is read back; alone, as K or V, and per layer."""
+    dynamic = [
+        Format("int4", "token", symmetric=False, center=bool(n & 1), balance=bool(n & 2), rotate=bool(n & 4))
+        for n in range(8)
+    ]
+    formats = [part for spec in MODES.values() for part in (spec.k, spec.v)] + dynamic
+    assert all(parse_format(str(fmt)) == fmt for fmt in formats)
+    assert resolve_mode("int4.token.asym.rotate/c8") == KVSpec(dynamic[4], MODES["c8"].v, "int4.token.asym.rotate/c8")
+    specs = parse_modes("int4.token.asym.center,1-2:c4/int4.channel.asym.clip=0.8", 4)
+    assert specs[0].k == specs[0].v == dynamic[1] and specs[2].v == MODES["c4"].k
+    assert parse_modes(specs.name, 4) == specs
+    for wrong, said in (
+        ("int4.token.asym.rotate.center", "int4.token.asym.center.rotate"),  # another order
+        ("int4.token.asym.spin", "form CODEC"),
+        ("int4.channel.asym.rotate", "only with scaling='token'"),
+        ("int5.token.sym", "codec"),
+        ("int4.token.asym.clip=x", "could not convert"),
+        ("int4.", "Format.scaling"),
+    ):
+        with pytest.raises(ArgumentError, match="format") as caught:
+            resolve_mode(wrong)
+        assert said in str(caught.value)
 
 
 def test_parse_modes() -> None:

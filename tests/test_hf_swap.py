@@ -262,8 +262,14 @@ def run_in_steps(model: PreTrainedModel, cache: Any) -> torch.Tensor:
     return torch.cat([first, chunk.flatten(0, 1), step.flatten(0, 1)])
 
 
+TRANSFORMED = [f"int4.token.asym{k}/int4.token.asym{v}" for k, v in (
+    (".center", ".rotate"), (".balance", ".center.rotate"), (".balance.rotate", ""), (".rotate", ".balance"),
+)]  # fmt: skip
+"""Mean, balance and rotation alone and in pairs; the modes have them together."""
+
+
 @pytest.mark.parametrize("calibrated", [True, False])
-@pytest.mark.parametrize("mode", [*MODES, "c8/c4r", "c4r/c16"])
+@pytest.mark.parametrize("mode", [*MODES, "c8/c4r", "c4r/c16", *TRANSFORMED])
 def test_logits_are_those_of_the_reference_cache(mode: str, calibrated: bool) -> None:
     model = tiny_model(num_hidden_layers=1)
     scales = observed_scales(model) if calibrated else None

@@ -104,13 +104,14 @@ def test_the_emulated_format_is_the_references_own() -> None:
 
 
 def test_names() -> None:
-    sources, left_out = make_baselines(None, 48, None)
+    odd = tiny_model(head_dim=48)
+    sources, left_out = make_baselines(None, odd, None, decode_len=8)
     assert [source.name for source in sources][:3] == ["fp8", "int8-token", "int4-token"]
     assert any("q8_0" in text and "48" in text for text in left_out)
     with pytest.raises(ArgumentError, match="one of fp8"):
-        make_baselines(["fp4"], 64, None)
+        make_baselines(["fp4"], odd, None, decode_len=8)
     with pytest.raises(ArgumentError, match="blocks of 32"):
-        make_baselines(["q4_0"], 48, None)
+        make_baselines(["q4_0"], odd, None, decode_len=8)
 
 
 def test_they_stand_in_the_report() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from foldkv.accuracy import ops_bands
 from foldkv.accuracy import ops_report as module
+from foldkv.accuracy.assemble import schema
 from foldkv.accuracy.ops_cases import SYNTHETIC, Shape
 from foldkv.accuracy.ops_harness import MAX_NEW, borders, schedule
 from foldkv.accuracy.ops_report import OpsReport, ops_report
@@ -130,17 +131,85 @@ def test_files_say_what_was_found(report: OpsReport, tmp_path: Path) -> None:
     assert "| c4 | gaussian |" in (tmp_path / "ops.md").read_text()
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["report", *map(str, arguments), "--ops", "--level", "quick", "--no-progress"])
+def test_the_json_keeps_its_schema(report: OpsReport) -> None:
+    validator = pytest.importorskip("jsonschema").Draft202012Validator
+    validator.check_schema(schema("ops"))
+    data = json.loads(json.dumps(report.data))
+    validator(schema("ops")).validate(data)
+    for break_it in (
+        lambda broken: broken.pop("bands"),
+        lambda broken: broken.update(schema_version=2),
+        lambda broken: broken["cases"][0].pop("kernel"),
+        lambda broken: broken["cases"][0]["kernel"].update(rms="small"),
+        lambda broken: broken["cases"][0].update(unknown=1),
+        lambda broken: broken.update(cases=[]),
+        lambda broken: broken["setup"].pop("graph"),
+    ):
+        broken = json.loads(json.dumps(data))
+        break_it(broken)
+        assert not validator(schema("ops")).is_valid(broken)
 
 
-def test_command_with_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def run(*arguments: object, kind: str = "--ops") -> Any:
+    return CliRunner().invoke(app, ["report", *map(str, arguments), kind, "--level", "quick", "--no-progress"])
+
+
+@pytest.fixture
+def checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A calibrated model, and ops measured on what its attention is given alone."""
     monkeypatch.setattr(module.ops_cases, "SYNTHETIC", {})
     monkeypatch.setattr(module, "TOKENS", {"quick": 40})
     model = tiny_model()
     save_checkpoint(model, tmp_path / "model")
     tiny_scales(model).save(tmp_path / "model" / "kv_cache")
-    result = run(tmp_path / "model", "--kv", "c8", "--out", tmp_path / "out")
+    return tmp_path / "model"
+
+
+SMALL = ("--windows", 2, "--window-len", 40, "--decode-windows", 0)
+
+
+def linked(out: Path) -> list[bool]:
+    """Whether the page of the model links to that of the ops, and the other way."""
+    return [
+        f'href="{b}"' in (out / a).read_text() for a, b in (("report.html", "ops.html"), ("ops.html", "report.html"))
+    ]
+
+
+def test_model_and_ops_in_one_command(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(checkpoint, "--kv", "c8", "--out", out, *SMALL, kind="--with-ops")
+    assert result.exit_code == 0, result.output
+    assert linked(out) == [True, True] and "every error within its band" in result.stdout
+    assert {path.name for path in out.iterdir()} == {
+        f"{x}.{y}" for x in ("report", "ops") for y in ("json", "md", "html")
+    }
+    result = run(checkpoint, "--kv", "c8", "--out", out, "--json", *SMALL, kind="--with-ops")
+    assert set(json.loads(result.stdout)["modes"]) == {"c8", "c4x"}, "the report alone on stdout"
+
+
+def test_pages_of_two_runs_in_one_folder_are_linked_once(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for kind in ("--fresh", "--ops", "--fresh", "--ops"):
+        small = SMALL if kind == "--fresh" else ()
+        assert run(checkpoint, "--kv", "c8", "--out", out, *small, kind=kind).exit_code == 0
+        if not (out / "ops.html").exists():
+            assert "ops.html" not in (out / "report.html").read_text()
+    assert linked(out) == [True, True]
+    assert [(out / name).read_text().count("<a href") for name in ("report.html", "ops.html")] == [1, 1]
+
+
+def test_ops_outside_their_bands_fail_the_whole(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops_bands, "KERNEL_BAND", 0.0)
+    result = run(checkpoint, "--kv", "c8", "--out", tmp_path / "out", *SMALL, kind="--with-ops")
+    assert result.exit_code == 3 and "kernel error" in result.stderr
+    result = run(checkpoint, "--kv", "c8,0:c16", "--out", tmp_path / "no", *SMALL, kind="--with-ops")
+    assert result.exit_code == 2 and not (tmp_path / "no").exists(), "told before anything is run"
+
+
+def test_command_with_a_model(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(checkpoint, "--kv", "c8", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     cases = json.loads((tmp_path / "out" / "ops.json").read_text())["cases"]
     assert {case["data"] for case in cases} == {"model, layer 0", "model, layer 1"}

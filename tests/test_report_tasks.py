@@ -14,6 +14,7 @@ from report_helpers import DishonestSource, save_checkpoint, tiny_model, tiny_sc
 from transformers import AutoTokenizer, PreTrainedModel
 
 from foldkv.accuracy import accuracy_report, needle
+from foldkv.accuracy import tasks as tasks_module
 from foldkv.accuracy.needle import needle_grid, prompt
 from foldkv.accuracy.report import make_sources
 from foldkv.accuracy.sources import StockSource
@@ -96,15 +97,53 @@ def test_tasks_without_the_harness_are_refused_at_once(model: PreTrainedModel) -
         accuracy_report(model, ["c8d"], token_windows(2, 16, seed=1), scales=tiny_scales(model), tasks=["arc_easy"])
 
 
-def test_tasks_are_scored_through_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figures of a 16-bit cache are those that the stock model gives; the control's are not."""
+@pytest.fixture
+def tiny_lm(monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrainedModel, Any]:
+    """The bundled checkpoint, where the harness is installed; nothing is looked for on a network."""
     pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
     monkeypatch.chdir(ROOT)
     import foldkv
 
-    model, tokenizer = foldkv.load_model(str(ROOT / "examples" / "tiny_lm" / "model"), "float32")
+    return foldkv.load_model(str(ROOT / "examples" / "tiny_lm" / "model"), "float32")
+
+
+def test_what_a_task_generates_goes_through_the_cache(tiny_lm: tuple[PreTrainedModel, Any]) -> None:
+    """Prompts of two lengths, padded on the left as the harness does: 16 bits write the stock model's text."""
+    model, tokenizer = tiny_lm
+    base, sources = make_sources(model, [], tiny_scales(model))
+    texts = [tokenizer.encode(text) for text in ("The city of", "The history of the city began in the year")]
+    prompts = torch.tensor([[0] * (len(texts[1]) - len(text)) + text for text in texts])
+    found = {}
+    for source in (StockSource(), base, sources[-1]):
+        with source.open(model) as new_cache:
+            lm = tasks_module._lm_class()(
+                model, tokenizer, source, new_cache, route="prefill", batch_size=2, max_length=64
+            )
+            found[source.name] = lm._model_generate(prompts, 40, ["@@@"], attention_mask=(prompts != 0).long())
+            assert lm.num_tokens == 2 * 40
+    assert torch.equal(found["stock"], found["c16"]) and not torch.equal(found["stock"], found["c4x"])
+
+
+def test_both_routes_score_alike_and_a_wrong_one_is_refused(tiny_lm: tuple[PreTrainedModel, Any]) -> None:
+    model, tokenizer = tiny_lm
+    base, sources = make_sources(model, [], tiny_scales(model))
+    options = {"include_path": TASKS, "limit": 3, "max_length": 128}
+    for source in (base, sources[-1], StockSource()):
+        one, other = (
+            run_tasks(model, tokenizer, source, ["who_has_what_text"], route=route, **options)["who_has_what_text"]
+            for route in ("prefill", "decode")
+        )
+        assert one["word_perplexity"] == pytest.approx(other["word_perplexity"], rel=1e-3)
+    with pytest.raises(ArgumentError, match="prefill, decode"):
+        run_tasks(model, tokenizer, base, ["who_has_what_text"], route="sideways", **options)
+
+
+def test_tasks_are_scored_through_the_cache(tiny_lm: tuple[PreTrainedModel, Any]) -> None:
+    """The figures of a 16-bit cache are those that the stock model gives; the control's are not."""
+    model, tokenizer = tiny_lm
     scales = tiny_scales(model)
     base, sources = make_sources(model, [], scales)
     names = ["who_has_what", "who_has_what_text"]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .gates import Gate, GateResult, parse_gate
-    from .mode_source import ModeSource
+    from .mode_source import ModeSource, make_source
     from .report import AccuracyReport, accuracy_report
     from .sources import CacheSource, StockSource
+    from .tasks import evaluate_tasks
 
 _HOMES = {
     "AccuracyReport": "report",
@@ -19,6 +20,8 @@ _HOMES = {
     "ModeSource": "mode_source",
     "StockSource": "sources",
     "accuracy_report": "report",
+    "evaluate_tasks": "tasks",
+    "make_source": "mode_source",
     "parse_gate": "gates",
 }
 
@@ -30,5 +33,6 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "AccuracyReport", "CacheSource", "Gate", "GateResult", "ModeSource", "StockSource", "accuracy_report", "parse_gate",
+    "AccuracyReport", "CacheSource", "Gate", "GateResult", "ModeSource", "StockSource", "accuracy_report", "evaluate_tasks",
+    "make_source", "parse_gate",
 ]  # fmt: skip

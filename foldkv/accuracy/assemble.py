@@ -25,9 +25,9 @@ GIB = 1 << 30
 
 
 @cache
-def schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of report.json."""
-    return json.loads(resources.files("foldkv.accuracy").joinpath("report.schema.json").read_text(encoding="utf-8"))
+def schema(kind: str = "report") -> dict[str, Any]:
+    """The JSON Schema (2020-12) of report.json, or with "ops" of ops.json."""
+    return json.loads(resources.files("foldkv.accuracy").joinpath(f"{kind}.schema.json").read_text(encoding="utf-8"))
 
 
 def assemble(

@@ -6,21 +6,25 @@ format is left out and said in the note: KIVI's and Hugging Face's caches, for o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from foldkv.hf.models import kv_shapes
+from foldkv.hf.quantized_cache import GROUP, QUANTIZED_CACHES, RESIDUAL, QuantizedCacheKind
 from quant import reference
 from quant.errors import ArgumentError, describe
 from quant.spec import Format
 
 from .emulate import Codec, Codecs, EmulatedSource, format_codec
-from .sources import CacheSource
+from .sources import CacheSource, NewCache, StockSource
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from quant.scales import KVScales
 
 BLOCK = 32
@@ -155,79 +159,67 @@ BASELINES: dict[str, Make] = {
     "kivi2": _kivi(2),
 }
 
+ANY_HEAD = ("fp8", "int8-token", "int4-token")
+"""Those that need no whole blocks."""
+
+HF_BASELINES = {f"hf-{name}": kind for name, kind in QUANTIZED_CACHES.items()}
+
 
 class QuantizedCacheSource(CacheSource):
     """transformers' own `QuantizedCache`; what a step appends, a whole prompt say, is attended to unquantised."""
 
     fed = "decode"
 
-    def __init__(self, name: str, backend: str, bits: int) -> None:
+    def __init__(self, name: str, kind: QuantizedCacheKind, length: int) -> None:
         super().__init__(name)
-        self.backend, self.bits = backend, bits
+        self.kind, self.length = kind, length
 
-    def open(self, model: Any) -> Any:
-        from contextlib import contextmanager
-
-        from transformers import QuantizedCache
-
-        from .sources import StockSource
-
-        @contextmanager
-        def opened() -> Any:
-            with StockSource().open(model):
-                options = {"nbits": self.bits, "q_group_size": 64, "residual_length": 1}
-                options |= {"axis_key": 1, "axis_value": 1} if self.backend == "hqq" else {}
-                yield lambda batch, max_seq_len: QuantizedCache(self.backend, model.config, **options)
-
-        return opened()
+    @contextmanager
+    def open(self, model: PreTrainedModel) -> Iterator[NewCache]:
+        with StockSource().open(model):
+            yield lambda batch, max_seq_len: self.kind.make(model.config)
 
     def describe(self) -> dict[str, Any]:
-        note = f"transformers QuantizedCache, {self.backend}, groups of 64; attends to what a step appends unquantised"
-        return {"bits_per_element": self.bits + 32 / 64, "note": note}
-
-
-HF_BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
-"""Backend of `QuantizedCache` -> the package that it needs."""
-
-
-def all_names() -> list[str]:
-    """Every baseline that fits any head and is installed."""
-    return [*BASELINES, *(f"hf-{backend}4" for backend, package in HF_BACKENDS.items() if _installed(package))]
+        note = (
+            f"transformers QuantizedCache, {self.kind.backend}, {self.kind.bits:g} bits in groups of {GROUP}; the newest "
+            f"tokens, {RESIDUAL} at most, in 16 bits, counted over {self.length} tokens fed one by one"
+        )
+        return {"bits_per_element": self.kind.mean_bits(self.length), "note": note}
 
 
 def make_baselines(
-    names: list[str] | None, head_dim: int, scales: KVScales | None
+    names: list[str] | None, model: PreTrainedModel, scales: KVScales | None, decode_len: int
 ) -> tuple[list[CacheSource], list[str]]:
-    """The sources of these baselines, and a sentence for each that is left out. None: all that fit and are installed.
+    """The sources of these baselines, and a sentence for each that is left out.
 
+    names: None or ["all"]: all that fit the model and are installed. decode_len: tokens of the decoded windows, by which
+    `QuantizedCache` is measured; 0 where nothing is decoded.
     Errors: ArgumentError for an unknown name, or one asked for by name that cannot be had.
     """
-    wanted = [*BASELINES, *(f"hf-{backend}4" for backend in HF_BACKENDS)] if names is None else names
+    every = [*BASELINES, *HF_BASELINES]
+    head_dim = min(head_dim for _, head_dim in kv_shapes(model.config.get_text_config(decoder=True)))
     sources: list[CacheSource] = []
     left_out = []
-    for name in wanted:
-        backend = name.removeprefix("hf-").removesuffix("4")
-        if name in BASELINES and (head_dim % BLOCK == 0 or name in ("fp8", "int8-token", "int4-token")):
-            sources.append(BASELINES[name](head_dim, scales))
-        elif name in BASELINES:
-            left_out.append(f"{name}: head_dim {head_dim} has no whole blocks of {BLOCK}")
-        elif backend not in HF_BACKENDS:
-            known = ", ".join([*BASELINES, *(f"hf-{b}4" for b in HF_BACKENDS)])
-            raise ArgumentError(describe("baseline", f"one of {known}", repr(name)))
-        elif _installed(HF_BACKENDS[backend]):
-            sources.append(QuantizedCacheSource(name, backend, 4))
+    for name in every if names in (None, ["all"]) else names or ():
+        if name not in every:
+            raise ArgumentError(describe("baseline", f"one of {', '.join(every)}", repr(name)))
+        why: str | None
+        if name in BASELINES:
+            fits = head_dim % BLOCK == 0 or name in ANY_HEAD
+            why = None if fits else f"head_dim {head_dim} has no whole blocks of {BLOCK}"
         else:
-            left_out.append(f"{name}: {HF_BACKENDS[backend]} is not installed")
-    if names is not None and left_out:
+            why = (
+                HF_BASELINES[name].refuses(model) if decode_len else "it is fed token by token, and nothing is decoded"
+            )
+        if why is not None:
+            left_out.append(f"{name}: {why}")
+        elif name in BASELINES:
+            sources.append(BASELINES[name](head_dim, scales))
+        else:
+            sources.append(QuantizedCacheSource(name, HF_BASELINES[name], decode_len))
+    if names not in (None, ["all"]) and left_out:
         raise ArgumentError(describe("baselines", "those that can be run here", left_out[0]))
     return sources, left_out
-
-
-def _installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _half_away(x: Tensor) -> Tensor:

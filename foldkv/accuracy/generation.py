@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .mode_source import PIECE, ModeSource
 from .sources import CacheSource, StockSource
 
 if TYPE_CHECKING:
@@ -22,15 +23,6 @@ MARKS = (32, 128, 512, 2048)
 """Lengths at which the share of equal texts is told, as far as the texts go."""
 
 NGRAM = 4
-SPLIT = 7
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Greedy tokens int64 `[prompts, tokens]`, and of each the base's probability of it, less that of the next best."""
-
-    tokens: Tensor
-    margin: Tensor
 
 
 @torch.inference_mode()
@@ -40,28 +32,44 @@ def greedy(
     prompts: Tensor,
     num_tokens: int,
     *,
+    engine: bool,
     split: bool = False,
     advance: Callable[[int], object] = lambda tokens: None,
-) -> Continuation:
-    """Continue prompts `[n, length]` by the most likely token, `num_tokens` times; nothing ends a text early.
+) -> tuple[Tensor, bool]:
+    """Tokens int64 `[n, num_tokens]` after prompts `[n, length]`, each the most likely one; nothing ends a text early.
 
-    split: append the prompt in two pieces, for the band of the base.
+    engine: modes of ours go through `foldkv.Engine`, all prompts in a batch, else through the model's forward pass. split:
+    append prompts in pieces, and with the engine half the batch at a time: for the band. Gives also whether every step was
+    the replay of a CUDA graph.
     """
     prompts = prompts.to(model.device)
-    cut = max(0, prompts.shape[1] - SPLIT) if split else 0
     with source.open(model) as new_cache:
+        if engine and isinstance(source, ModeSource):
+            return source.generate(model, prompts, num_tokens, pieces=split, advance=advance)
         cache = new_cache(prompts.shape[0], prompts.shape[1] + num_tokens)
+        cut = max(0, prompts.shape[1] - PIECE) if split else 0
         if cut:
             model(prompts[:, :cut], past_key_values=cache, use_cache=True)
-        part, tokens, margins = prompts[:, cut:], [], []
+        part, tokens = prompts[:, cut:], []
         for _ in range(num_tokens):
-            logits = model(part, past_key_values=cache, use_cache=True).logits[:, -1].float()
-            best = logits.softmax(-1).topk(2, dim=-1)
-            tokens.append(best.indices[:, :1])
-            margins.append(best.values[:, :1] - best.values[:, 1:])
-            part = tokens[-1]
+            part = model(part, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            tokens.append(part)
             advance(prompts.shape[0])
-    return Continuation(torch.cat(tokens, dim=1).cpu(), torch.cat(margins, dim=1).double().cpu())
+    return torch.cat(tokens, dim=1).cpu(), False
+
+
+@torch.inference_mode()
+def margins(model: PreTrainedModel, source: CacheSource, prompts: Tensor, tokens: Tensor) -> Tensor:
+    """fp64 `[n, t]`: how much likelier a source finds its most likely token than the next, where it wrote `tokens`."""
+    ids = torch.cat((prompts.cpu(), tokens), dim=1).to(model.device)
+    found = []
+    with source.open(model) as new_cache:
+        for row in ids:
+            cache: Any = new_cache(1, len(row) - 1)
+            logits = model(row[None, :-1], past_key_values=cache, use_cache=True).logits[0, prompts.shape[1] - 1 :]
+            best = logits.float().softmax(-1).topk(2, dim=-1).values
+            found.append((best[:, 0] - best[:, 1]).double().cpu())
+    return torch.stack(found)
 
 
 @torch.inference_mode()
@@ -85,24 +93,24 @@ def repeated(tokens: Tensor) -> float:
     return sum(shares) / len(shares)
 
 
-def compare_texts(base: Continuation, other: Continuation) -> dict[str, Any]:
-    """How a run's texts stand to the base's.
+def compare_texts(base: Tensor, margin: Tensor, other: Tensor) -> dict[str, Any]:
+    """How a run's texts stand to the base's: tokens `[n, t]` each, and the margins of the base's.
 
     first: token at which each parts, None where it does not. match_N: share of texts equal in the first N tokens.
     same_N: share of tokens equal, place by place, in the first N. margin: median of how much surer the base was of its
     own token, where they part: near 0, a tie that any rounding decides.
     """
-    equal = base.tokens == other.tokens
+    equal = base == other
     length = equal.shape[1]
     first = [None if bool(row.all()) else int(row.int().argmin()) for row in equal]
-    parted = [float(base.margin[i, at]) for i, at in enumerate(first) if at is not None]
+    parted = [float(margin[i, at]) for i, at in enumerate(first) if at is not None]
     figures: dict[str, Any] = {
         "tokens": length,
         "texts": len(first),
         "first": first,
         "first_median": _median([length if at is None else at for at in first]),
         "margin": _median(parted) if parted else None,
-        "repeated": repeated(other.tokens),
+        "repeated": repeated(other),
     }
     for mark in marks(length):
         figures[f"match_{mark}"] = sum(at is None or at >= mark for at in first) / len(first)
@@ -118,7 +126,8 @@ def marks(length: int) -> list[int]:
 class Texts:
     """The continuations of the base, made once, and how those of other sources stand to them.
 
-    prompts: int64 `[n, length]`. new_tokens: of each text. advance: called with the tokens generated.
+    prompts: int64 `[n, length]`. new_tokens: of each. engine: whether sources with kernels go through `foldkv.Engine`.
+    advance: called with the tokens generated.
     """
 
     def __init__(
@@ -127,37 +136,50 @@ class Texts:
         base: CacheSource,
         prompts: Tensor,
         new_tokens: int,
+        engine: bool,
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> None:
-        self.model, self.base, self.prompts, self.new_tokens, self.advance = model, base, prompts, new_tokens, advance
-        self._own: Continuation | None = None
+        self.model, self.base, self.prompts, self.new_tokens = model, base, prompts, new_tokens
+        self.engine, self.advance = engine, advance
+        self.graphs: dict[str, bool] = {}  # by source
 
-    @property
-    def own(self) -> Continuation:
+    @cached_property
+    def own(self) -> Tensor:
         """The base's continuations."""
-        if self._own is None:
-            self._own = self._continue(self.base)
-        return self._own
+        return self._continue(self.base)
 
-    def _continue(self, source: CacheSource, split: bool = False) -> Continuation:
-        return greedy(self.model, source, self.prompts, self.new_tokens, split=split, advance=self.advance)
+    @cached_property
+    def margin(self) -> Tensor:
+        """How much likelier the base found each of its tokens than the next best."""
+        return margins(self.model, self.base, self.prompts, self.own)
 
-    def _figures(self, text: Continuation) -> dict[str, Any]:
-        nll = base_nll(self.model, self.prompts, text.tokens)
-        return compare_texts(self.own, text) | {"base_nll": nll if math.isfinite(nll) else None}
+    def _continue(self, source: CacheSource, split: bool = False) -> Tensor:
+        tokens, self.graphs[source.name] = greedy(
+            self.model, source, self.prompts, self.new_tokens, engine=self.engine, split=split, advance=self.advance
+        )
+        return tokens
+
+    def _figures(self, text: Tensor) -> dict[str, Any]:
+        nll = base_nll(self.model, self.prompts, text)
+        return compare_texts(self.own, self.margin, text) | {"base_nll": nll if math.isfinite(nll) else None}
 
     def compare(self, source: CacheSource) -> dict[str, Any]:
         """The figures of `compare_texts`, and base_nll: how likely the base finds the text, nats a token."""
         return self._figures(self._continue(source))
 
     def base_and_band(self) -> dict[str, Any]:
-        """The base, and what 16 bits against 16 bits gives: its prompt in two pieces, and transformers' own cache."""
-        own = base_nll(self.model, self.prompts, self.own.tokens)
+        """The base, and what 16 bits against 16 bits gives: prompts in pieces, and transformers' own cache.
+
+        engine: whether the base and the modes wrote through `foldkv.Engine`, graphs: and by replay of CUDA graphs;
+        transformers' cache never does.
+        """
         return {
             "prompt_len": self.prompts.shape[1],
             "tokens": self.new_tokens,
             "texts": self.prompts.shape[0],
-            "base": {"base_nll": own, "repeated": repeated(self.own.tokens)},
+            "engine": self.engine,
+            "base": {"base_nll": base_nll(self.model, self.prompts, self.own), "repeated": repeated(self.own)},
+            "graphs": self.graphs[self.base.name],
             "band": {
                 "split": self._figures(self._continue(self.base, split=True)),
                 "stock": self._figures(self._continue(StockSource())),

@@ -75,10 +75,11 @@ def measure(
     scales: KVScales | None,
     partial: Partial,
     *,
+    engine: bool,
     progress: Progress | None,
     on_result: OnResult,
 ) -> Found:
-    """Run it all. ids: int64 `[windows, length]`, as long as the longest way."""
+    """Run it all. ids: int64 `[windows, length]`, as long as the longest way. engine: texts go through `foldkv.Engine`."""
     found = Found(details={source.name: {} for source in sources})
     ours = [source for source in sources if isinstance(source, ModeSource) and source.name != CONTROL_MODE]
     done, total = 0, _total(model, ways, sources, baselines, ours, sizes)
@@ -100,10 +101,11 @@ def measure(
             found.details[source.name] |= _look_inside(model, base, source, text, sizes, scales, partial, advance)
     if sizes.prompts and sizes.new_tokens:
         prompts = ids[: sizes.prompts, : sizes.prompt_len]
-        texts = Texts(model, base, prompts, sizes.new_tokens, lambda tokens: advance(tokens, DECODE_COST))
-        found.texts = partial.value("texts", texts.base_and_band)
+        texts = Texts(model, base, prompts, sizes.new_tokens, engine, lambda tokens: advance(tokens, DECODE_COST))
+        key = "texts-engine" if engine else "texts"
+        found.texts = partial.value(key, texts.base_and_band)
         for source in sources:
-            figures = partial.value(f"texts-{source.name}", lambda source=source: texts.compare(source))  # type: ignore[misc]
+            figures = partial.value(f"{key}-{source.name}", lambda source=source: texts.compare(source))  # type: ignore[misc]
             found.details[source.name]["generation"] = figures
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quant.errors import UnsupportedModelError
-from quant.spec import KVSpec, LayerSpecs
+import torch
+
+from quant.errors import ArgumentError, UnsupportedModelError, describe
+from quant.spec import KVSpec, LayerSpecs, parse_modes
 
 from .emulate import EmulatedSource, spec_codecs
 from .sources import CacheSource, NewCache
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from quant.scales import KVScales
+
+Mode = str | KVSpec | LayerSpecs | CacheSource
+
+PIECE = 7
+"""Tokens by which a prompt is longer than what an engine that takes it in pieces appends at once."""
 
 
 class ModeSource(CacheSource):
@@ -45,6 +52,29 @@ class ModeSource(CacheSource):
             for position, logits in enumerate(engine.score(ids, prefill), prefill - 1):
                 yield position, logits[:, None]
 
+    def generate(
+        self, model: PreTrainedModel, prompts: Tensor, num_tokens: int, *, pieces: bool = False,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> tuple[Tensor, bool]:  # fmt: skip
+        """Greedy tokens int64 `[n, num_tokens]` after prompts `[n, length]` by `foldkv.Engine`, all in one batch.
+
+        pieces: prompts appended in pieces, and half of them in a batch. advance: called with the tokens generated.
+        The source must be open. Gives also whether every step was the replay of a CUDA graph.
+        """
+        from foldkv.engine import Engine, SamplingParams
+
+        count, length = prompts.shape
+        batch = -(-count // 2) if pieces else count
+        prefill = max(1, length - PIECE) if pieces else count * length
+        texts: list[list[int]] = [[] for _ in range(count)]
+        with Engine(
+            model, max_batch=batch, max_seq_len=length + num_tokens, buckets=(batch,), prefill_tokens=prefill
+        ) as engine:
+            for row, token in engine.stream(list(prompts), SamplingParams(num_tokens, stop_token_ids=())):
+                texts[row].append(token)
+                advance(1)
+            return torch.tensor(texts), not engine.no_graph_reason
+
     def refuses_decode(self, model: PreTrainedModel, length: int) -> str | None:
         """What the engine says to the model; an engine for one sequence is made to find out."""
         from foldkv.engine import Engine
@@ -63,6 +93,19 @@ class ModeSource(CacheSource):
         spec = self.specs.default
         layers = {str(i): f"{layer.k} / {layer.v}" for i, layer in sorted(self.specs.layers.items())}
         return {"k_format": str(spec.k), "v_format": str(spec.v)} | ({"layer_formats": layers} if layers else {})
+
+
+def make_source(mode: Mode, model: PreTrainedModel, scales: KVScales | None) -> CacheSource:
+    """The source of a mode, on this model; a `CacheSource` is given back as it is. ArgumentError for a bad mode."""
+    if isinstance(mode, CacheSource):
+        return mode
+    float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    specs = parse_modes(mode, num_layers, float_codec, scales.plan if scales else None)
+    if scales is None and specs.needs_scales:
+        fix = "calibrate the model first: foldkv calibrate MODEL"
+        raise ArgumentError(describe(f"mode {specs.name}", "the scales of a calibration", "none", fix))
+    return ModeSource(mode if isinstance(mode, str) else specs.name, specs, scales)
 
 
 def _is_quantised(spec: KVSpec) -> bool:

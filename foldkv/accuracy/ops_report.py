@@ -59,7 +59,7 @@ class OpsReport:
         import json
 
         from .ops_render import to_html, to_markdown
-        from .report import write_files
+        from .pages import write_files
 
         text = json.dumps(self.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         contents = {"ops.json": text, "ops.md": to_markdown(self.data), "ops.html": to_html(self.data)}

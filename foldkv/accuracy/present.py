@@ -82,6 +82,15 @@ def how_short(report: Mapping[str, Any]) -> str:
     return f"Measured through the quantised cache itself: {', '.join(parts)}. Text: {text}."
 
 
+def text_route(report: Mapping[str, Any]) -> str:
+    """How many greedy texts there are, and which way they were written."""
+    texts = report["generation"]
+    graphs = "each step one replay of a captured CUDA graph" if texts.get("graphs") else "without CUDA graphs"
+    route = f"foldkv's engine in one batch, {graphs}" if texts.get("engine") else "the swapped model's forward pass"
+    size = f"{texts['texts']} prompts of {texts['prompt_len']} tokens, continued by {texts['tokens']}"
+    return f"{size} through {route}; the stock cache through transformers."
+
+
 def _replays(report: Mapping[str, Any], way: Mapping[str, Any]) -> bool:
     """On a CPU the engine takes the same steps without graphs."""
     return bool(way.get("graphs")) and report["setup"]["device"] == "cuda"

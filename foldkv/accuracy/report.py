@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from quant.errors import ArgumentError, describe
 from quant.scale_files import SCALES_FILE
 from quant.scales import KVScales
-from quant.spec import CONTROL_MODE, KVSpec, LayerSpecs, parse_modes
+from quant.spec import CONTROL_MODE
 
 from .assemble import assemble
 from .baselines import make_baselines
@@ -24,8 +23,9 @@ from .effort import Effort, effort
 from .evaluate import Way, make_ways
 from .gates import Gate, GateResult, check_gate, evaluate_gate
 from .measure import Found, OnResult, extra_paths, measure
-from .mode_source import ModeSource
+from .mode_source import Mode, make_source
 from .needle import needle_grid
+from .pages import write_files
 from .partial import Partial, scales_digest, weights_digest
 from .sources import CacheSource
 from .stamp import file_sha256, stamp
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 BASE_MODE = "c16"
 DEFAULT_MODES = ("c8", "k8v4", "c4")
-
-Mode = str | KVSpec | LayerSpecs | CacheSource
 
 
 @dataclass
@@ -67,7 +65,10 @@ class AccuracyReport:
         return self.failed_gates
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write report.json, report.md and report.html into `directory`, made if missing; each appears whole or not."""
+        """Write report.json, report.md and report.html into `directory`, made if missing; each appears whole or not.
+
+        Where an ops.html lies there, the two pages link to each other.
+        """
         from .render import to_html, to_markdown
 
         return write_files(
@@ -78,22 +79,6 @@ class AccuracyReport:
                 "report.html": to_html(self.data),
             },
         )
-
-
-def write_files(directory: str | os.PathLike[str], contents: dict[str, str]) -> list[Path]:
-    """Write texts into `directory`, made if missing; each file appears whole or not at all."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in contents.items():
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        written.append(folder / name)
-    return written
 
 
 def accuracy_report(
@@ -134,7 +119,8 @@ def accuracy_report(
     baselines: other formats beside ours, see `baselines.BASELINES`; None: the level's, an empty list: none.
     tasks: of lm-evaluation-harness, which must be installed, see `tasks.run_tasks`; tasks_path: a folder of their YAML files;
         task_limit: examples of each.
-    graphs: decode our modes through `foldkv.Engine`, where each step is one captured graph; default on a GPU.
+    graphs: decode our modes through `foldkv.Engine`, where each step is one captured graph; default on a GPU. Greedy texts
+        go through it by default on a CPU too, without graphs.
     seed: of text that the model writes; by default one that the calibration did not use. text_column: of a .jsonl file.
     gates: see `gates.parse_gate`. setup: entries of the set-up stamp that the caller knows better ("model", "command").
     work_dir: keep finished runs here, and go on from those of an earlier call that was cut short.
@@ -162,13 +148,16 @@ def accuracy_report(
     scales, scales_facts = _load_scales(scales, model)
     base, sources = make_sources(model, modes, scales)
     names = None if baselines is None and sizes.baselines else list(baselines or ())
-    others, left_out = make_baselines(names, _head_dim(model), scales)
-    refused = base.refuses_decode(model, sizes.decode_len) if any(way.graphs for way in ways) else None
+    others, left_out = make_baselines(names, model, scales, sizes.decode_len if sizes.decode_windows else 0)
+    texts = bool(sizes.prompts and sizes.new_tokens) and graphs is not False
+    longest = max(sizes.decode_len, sizes.prompt_len + sizes.new_tokens if texts else 0)
+    wanted = texts or any(way.graphs for way in ways)
+    refused = base.refuses_decode(model, longest) if wanted else None
     if refused is not None:
         if graphs:
             raise ArgumentError(describe("graphs", "a model that foldkv.Engine serves", refused))
-        ways = [replace(way, graphs=False) for way in ways]
-        left_out.append(f"CUDA graphs, as foldkv.Engine refuses the model: {refused}")
+        ways, texts = [replace(way, graphs=False) for way in ways], False
+        left_out.append(f"foldkv.Engine, which refuses the model: {refused}")
     extras = extra_paths(sizes)
     for gate in gates:
         check_gate(gate, [source.name for source in sources], [way.name for way in ways], extras)
@@ -183,8 +172,9 @@ def accuracy_report(
         # Said once, as a note of the report.
         warnings.filterwarnings("ignore", message="foldkv: sequences are now longer", category=UserWarning)
         found = measure(
-            model, text.ids, base, sources, others, ways, sizes, scales, partial, progress=progress, on_result=on_result
-        )
+            model, text.ids, base, sources, others, ways, sizes, scales, partial,
+            engine=texts, progress=progress, on_result=on_result,
+        )  # fmt: skip
         if tokenizer is not None:
             args = (tokenizer, found, partial, [base, *sources])
             _needle(model, *args, limit if sizes.needle else 0)
@@ -199,24 +189,13 @@ def make_sources(
     model: PreTrainedModel, modes: Sequence[Mode], scales: KVScales | None
 ) -> tuple[CacheSource, list[CacheSource]]:
     """The base and the sources to compare with it, in order, the control last. ArgumentError for a bad mode."""
-    float_codec = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-
-    def source(mode: Mode) -> CacheSource:
-        if isinstance(mode, CacheSource):
-            return mode
-        specs = parse_modes(mode, num_layers, float_codec, scales.plan if scales else None)
-        if scales is None and specs.needs_scales:
-            fix = "calibrate the model first: foldkv calibrate MODEL"
-            raise ArgumentError(describe(f"mode {specs.name}", "the scales of a calibration", "none", fix))
-        return ModeSource(mode if isinstance(mode, str) else specs.name, specs, scales)
-
-    sources = [source(mode) for mode in (*(mode for mode in modes if mode != CONTROL_MODE), CONTROL_MODE)]
+    wanted = (*(mode for mode in modes if mode != CONTROL_MODE), CONTROL_MODE)
+    sources = [make_source(mode, model, scales) for mode in wanted]
     names = [source.name for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ArgumentError(describe("modes", "each one once", f"{twice[0]} twice"))
-    return source(BASE_MODE), sources
+    return make_source(BASE_MODE, model, scales), sources
 
 
 def _needle(
@@ -261,13 +240,6 @@ def _check_sizes(model: PreTrainedModel, ways: Sequence[Way], limit: float) -> N
             raise ArgumentError(describe(f"length of {way.name} windows", wanted, str(way.length)))
 
 
-def _head_dim(model: PreTrainedModel) -> int:
-    """The smallest head of the model, by which baselines with blocks are chosen."""
-    from foldkv.hf.models import kv_shapes
-
-    return min(head_dim for _, head_dim in kv_shapes(model.config.get_text_config(decoder=True)))
-
-
 def _fingerprint(
     model: PreTrainedModel, scales: KVScales | None, facts: dict[str, Any], work_dir: object
 ) -> dict[str, Any]:
@@ -304,5 +276,5 @@ def _load_scales(
 
 
 __all__ = [
-    "BASE_MODE", "DEFAULT_MODES", "AccuracyReport", "Effort", "accuracy_report", "make_sources", "write_files",
+    "BASE_MODE", "DEFAULT_MODES", "AccuracyReport", "Effort", "accuracy_report", "make_sources",
 ]  # fmt: skip

@@ -109,7 +109,8 @@ def text_table(report: Mapping[str, Any]) -> Table | None:
     head = ["greedy texts", "parts after (median)", "surer by, there", *(f"same text, {n}" for n in found),
             *(f"same tokens, {n}" for n in found), "nats a token, base", "repeats"]  # fmt: skip
     rows = []
-    band = {"16 bits, other split": texts["band"]["split"], "16 bits, stock cache": texts["band"]["stock"]}
+    other = "other split and batch" if texts.get("engine") else "other split"
+    band = {f"16 bits, {other}": texts["band"]["split"], "16 bits, stock cache": texts["band"]["stock"]}
     modes = {name: entry["generation"] for name, entry in report["modes"].items() if entry.get("generation")}
     for name, one in {**band, **modes}.items():
         whole = one["first_median"] >= one["tokens"]

@@ -1,7 +1,8 @@
 """Tasks of lm-evaluation-harness, scored through the cache.
 
-The harness scores text with one forward pass that has no cache, and so says nothing about one. `CachedLM` gives each request
-a cache of its own: K and V are written and read back before attention sees them.
+The harness scores text with one forward pass that has no cache, and so says nothing about one. `CachedLM` is its own model for
+transformers with that pass given a cache: by route "prefill" all tokens go through it in one piece; by route "decode" one by
+one, through the engine's steps (on a GPU its graphs) where the source is a mode of foldkv. Generated text has a cache too.
 """
 
 from __future__ import annotations
@@ -17,36 +18,57 @@ from torch import Tensor
 
 from quant.errors import ArgumentError, describe
 
+from .evaluate import feed
+from .mode_source import ModeSource
 from .sources import CacheSource, NewCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_LENGTH = 2048
-MAX_NEW = 256
+ROUTES = ("prefill", "decode")
 
 
 def check_installed() -> None:
-    """ArgumentError unless lm_eval can be imported."""
-    if find_spec("lm_eval") is None:
-        raise ArgumentError(describe("tasks", "lm_eval, which runs them", "no such package", "pip install lm_eval"))
+    """ArgumentError unless lm_eval, and accelerate that its model needs, can be imported."""
+    for package in ("lm_eval", "accelerate"):
+        if find_spec(package) is None:
+            fix = "pip install lm_eval accelerate"
+            raise ArgumentError(describe("tasks", f"{package}, which runs them", "no such package", fix))
 
 
 def run_tasks(
+    model: PreTrainedModel, tokenizer: Any, source: CacheSource, tasks: Sequence[str], **options: Any
+) -> dict[str, dict[str, Any]]:
+    """Task -> metric -> value for one source, "METRIC_stderr" beside it where the harness gives one.
+
+    options: of `evaluate_tasks`.
+    """
+    found = evaluate_tasks(model, tokenizer, source, tasks, **options)
+    return {task: _figures(found["results"][task]) for task in tasks}
+
+
+def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: Any,
     source: CacheSource,
     tasks: Sequence[str],
     *,
+    route: str = "prefill",
     include_path: str | os.PathLike[str] | None = None,
     limit: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Task -> metric -> value for one source, "METRIC_stderr" beside it where the harness gives one.
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """The harness's own result for one source, and under "foldkv" what went through its cache.
 
     tasks: names the harness knows, or of YAML files in `include_path`, which then alone are looked at, without a network.
-    limit: examples of a task. Errors: ArgumentError for an unknown task.
+    route: "prefill" or "decode". limit: examples of a task. max_length: tokens of a text; default 2048, or what the model
+    can hold. Errors: ArgumentError for an unknown task or route, or without the harness.
     """
     check_installed()
+    if route not in ROUTES:
+        raise ArgumentError(describe("route", f"one of {', '.join(ROUTES)}", repr(route)))
     manager = import_module("lm_eval.tasks").TaskManager(
         include_path=None if include_path is None else str(include_path), include_defaults=include_path is None
     )
@@ -54,12 +76,17 @@ def run_tasks(
     if unknown:
         known = ", ".join(sorted(manager.all_tasks)[:10])
         raise ArgumentError(describe("task", f"one of {known}, ..." if known else "a known one", repr(unknown[0])))
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or MAX_LENGTH
+    length = max_length or min(MAX_LENGTH, longest)
     with source.open(model) as new_cache:
-        found = import_module("lm_eval").simple_evaluate(
-            model=_lm_class()(model, tokenizer, new_cache), tasks=list(tasks), task_manager=manager, limit=limit,
-            bootstrap_iters=0, log_samples=False,
-        )  # fmt: skip
-    return {task: _figures(found["results"][task]) for task in tasks}
+        lm = _lm_class()(model, tokenizer, source, new_cache, route=route, batch_size=batch_size, max_length=length)
+        try:
+            found: dict[str, Any] = import_module("lm_eval").simple_evaluate(
+                model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+            )
+        finally:
+            lm.close()
+    return {**found, "foldkv": {"cache": source.name, "route": route, "tokens_through_the_cache": lm.num_tokens}}
 
 
 def _figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -74,72 +101,47 @@ def _figures(result: dict[str, Any]) -> dict[str, Any]:
 
 def _lm_class() -> Any:
     """`CachedLM`; made here, as its base class comes with lm_eval."""
-    rolling = import_module("lm_eval.utils")
 
-    class CachedLM(import_module("lm_eval.api.model").TemplateLM):  # type: ignore[misc]
-        """A harness model whose every request goes through a fresh cache, its tokens appended in one piece."""
+    class CachedLM(import_module("lm_eval.models.huggingface").HFLM):  # type: ignore[misc]
+        """The harness's model for transformers, over a source that is open.
 
-        def __init__(self, model: PreTrainedModel, tokenizer: Any, new_cache: NewCache) -> None:
-            super().__init__()
-            self.model, self.tokenizer, self.new_cache = model, tokenizer, new_cache
-            config = model.config.get_text_config(decoder=True)
-            self.max_length = min(MAX_LENGTH, getattr(config, "max_position_embeddings", None) or MAX_LENGTH)
+        num_tokens: that went through caches so far, padding included.
+        """
 
-        @property
-        def eot_token_id(self) -> int:
-            return self.tokenizer.eos_token_id
-
-        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            return self.tokenizer.encode(string, add_special_tokens=False)
-
-        @torch.inference_mode()
-        def _logits(self, ids: Sequence[int]) -> Tensor:
-            """fp32 log-probabilities `[tokens, vocab]`."""
-            tokens = torch.tensor([ids], device=self.model.device)
-            cache: Any = self.new_cache(1, len(ids))
-            return self.model(tokens, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
-            results = []
-            for _, context, continuation in requests:
-                ids = ([*context, *continuation])[-(self.max_length + 1) :]
-                log_p = self._logits(ids[:-1])[-len(continuation) :]
-                target = torch.tensor(continuation, device=log_p.device)[: len(log_p), None]
-                score = float(log_p.gather(-1, target).sum())
-                results.append((score, bool((log_p.argmax(-1) == target[:, 0]).all())))
-            return results
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            results = []
-            for request in requests:
-                windows = rolling.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]), prefix_token=self.eot_token_id,
-                    max_seq_len=self.max_length, context_len=1,
-                )  # fmt: skip
-                pairs = [(("", ""), *pair) for pair in map(rolling.make_disjoint_window, windows)]
-                results.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
-            return results
+        def __init__(
+            self, model: PreTrainedModel, tokenizer: Any, source: CacheSource, new_cache: NewCache, *, route: str,
+            batch_size: int, max_length: int,
+        ) -> None:  # fmt: skip
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size, device=str(model.device)
+            )  # fmt: skip
+            self.source, self.new_cache, self.route, self.num_tokens = source, new_cache, route, 0
+            self.engine: Any = None
 
         @torch.inference_mode()
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            return [self._continue(*request.args) for request in requests]
+        def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+            """Logits `[b, s, vocab]` of right-padded ids `[b, s]`."""
+            self.num_tokens += inps.numel()
+            if self.route == "prefill":
+                return torch.cat([logits for _, logits in feed(self.model, self.new_cache, inps, inps.shape[1])], dim=1)
+            if not isinstance(self.source, ModeSource):
+                return torch.cat([logits for _, logits in feed(self.model, self.new_cache, inps, 1)], dim=1)
+            if self.engine is None:
+                from foldkv.engine import Engine
 
-        def _continue(self, context: str, options: dict[str, Any]) -> str:
-            stops: list[str] = options.get("until") or []
-            count = options.get("max_gen_toks", MAX_NEW)
-            ids = self.tok_encode(context)[-(self.max_length - count) :]
-            part = torch.tensor([ids], device=self.model.device)
-            cache: Any = self.new_cache(1, len(ids) + count)
-            made: list[int] = []
-            for _ in range(count):
-                part = self.model(part, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-                made.append(int(part))
-                text = self.tokenizer.decode(made)
-                if made[-1] == self.eot_token_id or any(stop in text for stop in stops):
-                    break
-            text = self.tokenizer.decode(made, skip_special_tokens=True)
-            for stop in stops:
-                text = text.split(stop)[0]
-            return text
+                self.engine = Engine(self.model, max_batch=self.batch_size, max_seq_len=self.max_length + 1)
+            # The last token's successor is asked for too; what is fed for it is never seen.
+            longer = torch.nn.functional.pad(inps, (0, 1))
+            return torch.stack(list(self.engine.score(longer, prefill=1)), dim=1)
+
+        def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+            self.num_tokens += context.shape[0] * max_length
+            options |= {"past_key_values": self.new_cache(context.shape[0], max_length)}
+            return super()._model_generate(context, max_length, stop, **options)
+
+        def close(self) -> None:
+            """Free the engine of route "decode"."""
+            if self.engine is not None:
+                self.engine.close()
 
     return CachedLM

@@ -14,9 +14,10 @@ from quant.errors import ArgumentError, describe
 from quant.scales import KVScales
 from quant.spec import LayerSpecs, parse_modes
 
-from .candidates import UNIFORM, bits_of, exempt_maps, mode_text, sizes
+from .candidates import UNIFORM, TensorSize, bits_of, exempt_maps, mode_text, sizes
 from .search import Budget, Solution, frontier, within, without_chance
 from .sensitivity import Figures, Progress, float_codec, measure, sensitivities
+from .transforms import AUTO, Screened, offer, parse_transforms, screen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,7 @@ def choose_plan(
     held_out: Tensor,
     budget: Budget,
     *,
+    transforms: str = AUTO,
     progress: Progress | None = None,
 ) -> AutoPlan:
     """The map of modes with the least loss within `budget`.
@@ -63,10 +65,16 @@ def choose_plan(
     searches the same space). Costs are taken to add up and an exact knapsack finds the map. held_out: other text; on it
     the map is compared with every uniform mode and with the first and last layers exempt, and the best of those
     within the budget wins, so the plan is never worse there than a uniform mode of as many bits.
+    transforms: which of mean, balance and rotation dynamic 4-bit formats may take, as `parse_transforms` reads it: "auto"
+    screens all combinations for each tensor, a list offers those in it to all tensors.
     """
+    listed = parse_transforms(transforms)
     shapes = {idx: (layer.k.h_kv, layer.k.head_dim) for idx, layer in enumerate(scales.layers) if layer is not None}
     skip = ("c8d",) if budget.bits is not None and budget.bits < 6 else ()
-    options = sensitivities(model, sizes(shapes), scales, tokens, skip=skip, progress=progress)
+    tensors = sizes(shapes)
+    screened = screen(scales, tensors) if listed is None else {}
+    dynamic = offer(screened, tensors) if listed is None else {size: tuple(listed) for size in tensors}
+    options = sensitivities(model, tensors, scales, tokens, skip=skip, dynamic=dynamic, progress=progress)
     offered = without_chance(options)
     solutions = frontier(offered)
     codec, count = float_codec(model), len(scales.layers)
@@ -82,7 +90,7 @@ def choose_plan(
     best = _pick(rows, budget)
     return AutoPlan(
         mode=best["mode"], bits=best["bits"], kld=best["kld"], budget=str(budget), why=_why(best, rows, budget),
-        layers=_layer_rows(options, specs[best["name"]]), table=rows,
+        layers=_layer_rows(options, specs[best["name"]], screened), table=rows,
     )  # fmt: skip
 
 
@@ -169,14 +177,15 @@ def _why(best: dict[str, Any], rows: list[dict[str, Any]], budget: Budget) -> st
     return f"{text}, {share:.0%} below {rival['name']}, the best uniform mode of as few bits ({rival['kld']:.2e})"
 
 
-def _layer_rows(options: Any, specs: LayerSpecs) -> list[dict[str, Any]]:
-    """For every tensor the format that the plan gives it and what each choice would cost."""
+def _layer_rows(options: Any, specs: LayerSpecs, screened: Mapping[TensorSize, Screened]) -> list[dict[str, Any]]:
+    """For every tensor the format that the plan gives it, what each choice would cost, and how transforms were screened."""
     rows = []
     for size, costs in options:
         spec = specs[size.layer]
         chosen = str(spec.k if size.tensor == "k" else spec.v)
         cost = {choice.mode: kld for choice, kld in costs.items()}
-        rows.append({"layer": size.layer, "tensor": size.tensor, "format": chosen, "cost": cost})
+        row = {"layer": size.layer, "tensor": size.tensor, "format": chosen, "cost": cost}
+        rows.append(row | ({"screened": screened[size]} if size in screened else {}))
     return rows
 
 
@@ -194,15 +203,17 @@ def calibrate_auto(
     windows: int = WINDOWS,
     held_out: int = HELD_OUT,
     window_len: int = WINDOW_LEN,
+    transforms: str = AUTO,
     progress: Progress | None = None,
     **options: Any,
 ) -> KVScales:
     """`calib.calibrate`, then `choose_plan` on the text behind the calibration's; the plan is `KVScales.plan`.
 
     budget: default 4.5 bits. estimator: of the ranges of static 4-bit formats, which cost most. windows, held_out,
-    window_len: how much text the costs are measured on and the maps are compared on. options, and all the rest: see
-    `calib.calibrate`.
+    window_len: how much text the costs are measured on and the maps are compared on. transforms: see `choose_plan`.
+    options, and all the rest: see `calib.calibrate`.
     """
+    parse_transforms(transforms)
     if estimator == DATA_FREE:
         raise ArgumentError(describe("estimator of a plan", "one that reads text", repr(estimator)))
     budget = budget or Budget(bits=4.5)
@@ -222,7 +233,15 @@ def calibrate_auto(
         seed=seed, progress=progress, **options,
     )  # fmt: skip
     rest = text.tokens[samples:, : per_row * window_len].reshape(-1, window_len)
-    chosen = choose_plan(model, scales, rest[:windows], rest[windows : windows + held_out], budget, progress=progress)
+    chosen = choose_plan(
+        model,
+        scales,
+        rest[:windows],
+        rest[windows : windows + held_out],
+        budget,
+        transforms=transforms,
+        progress=progress,
+    )
     scales.config["data"]["source"] = text.source
     scales.config |= {"mode": chosen.mode, "plan": chosen.to_json()}
     return scales

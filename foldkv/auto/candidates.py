@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from quant.spec import KVSpec, LayerSpecs, resolve_mode
 
-K_MODES = ("c4s", "c4r", "c4d", "c8", "c8d", "c16")
-V_MODES = ("c4s", "c4r", "c4d", "c8", "c8d", "c16")
-"""By the mode whose K, or V, format is meant: static, or dynamic with and without rotation. 16 bits cost nothing."""
+STATIC = "c4s"
+FULL = "c4r"
+DYNAMIC = (FULL, "c4d")
+"""Dynamic 4-bit modes: mean, balance and rotation together, and the same unrotated; `transforms` has the others."""
+WIDE = ("c8", "c8d", "c16")
 EXACT = "c16"
 UNIFORM = ("c4s", "c4", "c4r", "k8v4", "c8", "c8d")
 """Whole modes measured beside the plan."""
@@ -58,9 +60,9 @@ def sizes(shapes: Mapping[int, tuple[int, int]]) -> list[TensorSize]:
     ]
 
 
-def choices(size: TensorSize) -> list[Choice]:
-    """What may be chosen for one tensor."""
-    return [Choice(size.layer, size.tensor, mode) for mode in (K_MODES if size.tensor == "k" else V_MODES)]
+def choices(size: TensorSize, dynamic: Sequence[str] = DYNAMIC) -> list[Choice]:
+    """What may be chosen for one tensor, by the mode whose K, or V, is meant. dynamic: the 4-bit modes with a scale a token."""
+    return [Choice(size.layer, size.tensor, mode) for mode in (STATIC, *dynamic, *WIDE)]
 
 
 def mode_text(modes: Mapping[int, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from foldkv.engine.memory import parse_bytes
 from quant.errors import ArgumentError, describe
 
-from .candidates import Choice, TensorSize
+from .candidates import FULL, STATIC, WIDE, Choice, TensorSize
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,22 @@ class Solution:
 
 
 CLEARLY = 0.8
-"""An unrotated format is offered where it costs less than this part of the rotated one of the same bits."""
+"""Another dynamic 4-bit format is offered where it costs less than this part of the one with all transforms."""
 
 
 def without_chance(
     options: Sequence[tuple[TensorSize, Mapping[Choice, float]]],
 ) -> list[tuple[TensorSize, dict[Choice, float]]]:
-    """The options without unrotated formats that are not clearly better than rotated ones of as many bits.
+    """The options without dynamic 4-bit formats that are not clearly better than that with mean, balance and rotation.
 
     Costs are known to about 10 %: with two formats much alike, the least measured cost would pick the luckier one.
     """
     kept = []
     for size, costs in options:
-        rotated = next((cost for choice, cost in costs.items() if choice.mode == "c4r"), None)
+        full = next((cost for choice, cost in costs.items() if choice.mode == FULL), None)
         kept.append((size, {
             choice: cost for choice, cost in costs.items()
-            if choice.mode != "c4d" or rotated is None or cost < CLEARLY * rotated
+            if choice.mode in (FULL, STATIC, *WIDE) or full is None or cost < CLEARLY * full
         }))  # fmt: skip
     return kept
 

@@ -14,7 +14,7 @@ from foldkv.accuracy.summary import summarise
 from quant.scales import KVScales
 from quant.spec import LayerSpecs, parse_modes
 
-from .candidates import EXACT, Choice, TensorSize, choices
+from .candidates import DYNAMIC, EXACT, Choice, TensorSize, choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,13 +58,19 @@ def sensitivities(
     tokens: Tensor,
     *,
     skip: Sequence[str] = (),
+    dynamic: Mapping[TensorSize, Sequence[str]] | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[TensorSize, dict[Choice, float]]]:
     """Mean KLD of each choice of each tensor with all else exact; a choice at 16 bits costs nothing.
 
-    skip: modes not to measure and not to offer. A KLD that is not finite counts as infinite.
+    skip: modes not to measure and not to offer. dynamic: the dynamic 4-bit modes of each tensor, see `choices`.
+    A KLD that is not finite counts as infinite.
     """
-    options = {size: [choice for choice in choices(size) if choice.mode not in skip] for size in tensor_sizes}
+    modes = dynamic or {}
+    options = {
+        size: [choice for choice in choices(size, modes.get(size, DYNAMIC)) if choice.mode not in skip]
+        for size in tensor_sizes
+    }
     codec = float_codec(model)
     maps = {choice.name: choice.alone(codec) for found in options.values() for choice in found if choice.mode != EXACT}
     figures = measure(model, maps, scales, tokens, what="measuring layers", progress=progress)

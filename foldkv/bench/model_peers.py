@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import QuantizedCache, StaticCache
+from transformers.cache_utils import StaticCache
 
 from foldkv.hf.models import kv_shapes
+from foldkv.hf.quantized_cache import QUANTIZED_CACHES, QuantizedCacheKind
 
 Step = Callable[[], object]
 
@@ -31,10 +32,13 @@ def static_cache(model: PreTrainedModel, batch: int, seq_len: int, steps: int) -
     return _loop(compiled, model, cache, batch, seq_len)
 
 
-def quantized_cache(backend: str, nbits: int, model: PreTrainedModel, batch: int, seq_len: int, steps: int) -> Step:
-    """A decoding step on a QuantizedCache of random K and V; it cannot be compiled. ImportError without its backend."""
+def quantized_cache(kind: QuantizedCacheKind, model: PreTrainedModel, batch: int, seq_len: int, steps: int) -> Step:
+    """A decoding step on a QuantizedCache of random K and V; it cannot be compiled. ImportError without its backend.
+
+    What transformers spends on quantising all anew, once in 128 steps, is in the row only where there are so many.
+    """
     config = model.config.get_text_config(decoder=True)
-    cache = QuantizedCache(backend, config, nbits=nbits)
+    cache = kind.make(config)
     for idx, (h_kv, head_dim) in enumerate(kv_shapes(config)):
         shape = (batch, h_kv, seq_len, head_dim)
         k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
@@ -60,7 +64,5 @@ def _loop(call: Callable[..., Any], model: PreTrainedModel, cache: Any, batch: i
 # name -> bits an element of its cache, and what makes a step
 PEERS: dict[str, tuple[float, Callable[[PreTrainedModel, int, int, int], Step]]] = {
     "static": (16, static_cache),
-    "quanto4": (4.5, partial(quantized_cache, "quanto", 4)),
-    "hqq8": (8.5, partial(quantized_cache, "hqq", 8)),
-    "hqq4": (4.5, partial(quantized_cache, "hqq", 4)),
+    **{name: (kind.bits, partial(quantized_cache, kind)) for name, kind in QUANTIZED_CACHES.items()},
 }

@@ -40,6 +40,13 @@ def calibrate(
     budget_kld: Annotated[float | None, typer.Option(help="auto: the smallest cache of at most this KLD.")] = None,
     memory: Annotated[str | None, typer.Option(help="auto: bytes for the cache, as 8GiB, of --tokens tokens.")] = None,
     tokens: Annotated[int, typer.Option(help="auto: tokens that --memory shall hold.")] = 131072,
+    transforms: Annotated[
+        str,
+        typer.Option(
+            help="auto: mean, balance, rotation of 4-bit formats, for each tensor what its statistics favour; or lists of "
+            "them for all: mean+balance+rotate,mean+rotate,none."
+        ),
+    ] = "auto",
     estimator: Annotated[
         str | None,
         typer.Option(help="Ranges of static scales, NAME or K/V: minmax, percentile, mse, ... (default: by mode)"),
@@ -72,6 +79,7 @@ def calibrate(
     """Run text through MODEL and write its KV scales."""
     folder = _output_folder(model, out, overwrite)
     _check_budget(mode, budget_bits, budget_kld, memory)
+    _check_transforms(mode, transforms)
     for name, value in (("--data", data), ("--compare", compare)):
         _check_data(name, value)
 
@@ -96,7 +104,7 @@ def calibrate(
     with _bars(shown=not no_progress) as report:
         if mode == AUTO_MODE:
             budget = _budget(loaded, budget_bits, budget_kld, memory, tokens)
-            scales = calibrate_auto(loaded, data, budget=budget, progress=report, **options)
+            scales = calibrate_auto(loaded, data, budget=budget, transforms=transforms, progress=report, **options)
         else:
             scales = calib.calibrate(loaded, data, mode=mode, progress=report, **options)
     seconds = time.perf_counter() - start
@@ -156,6 +164,20 @@ def _check_budget(mode: str, bits: float | None, kld: float | None, memory: str 
         raise UsageError(describe("budget", "one of --budget-bits, --budget-kld and --memory", " and ".join(given)))
     if given and mode != AUTO_MODE:
         raise UsageError(describe(given[0], f"--mode {AUTO_MODE} with it", f"--mode {mode}"))
+
+
+def _check_transforms(mode: str, transforms: str) -> None:
+    """UsageError for a combination that there is not, or one without `--mode auto`."""
+    from foldkv.auto.transforms import AUTO, parse_transforms
+    from quant.errors import ArgumentError, describe
+    from quant.spec import AUTO_MODE
+
+    if transforms != AUTO and mode != AUTO_MODE:
+        raise UsageError(describe("--transforms", f"--mode {AUTO_MODE} with it", f"--mode {mode}"))
+    try:
+        parse_transforms(transforms)
+    except ArgumentError as error:
+        raise UsageError(f"--{error}") from error
 
 
 def _budget(model: Any, bits: float | None, kld: float | None, memory: str | None, tokens: int) -> Budget:

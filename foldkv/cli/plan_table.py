@@ -13,6 +13,8 @@ from .common import output
 def show_plan(plan: Mapping[str, Any]) -> None:
     """The map with what each layer costs, the maps it was compared with, and why it was chosen, on stdout."""
     output.print(_layer_table(plan["layers"]))
+    if screened := " ".join(_screen_lines(plan["layers"])):
+        output.print(screened, highlight=False, markup=False, soft_wrap=True)
     output.print(_map_table(plan["table"], plan["mode"]))
     output.print(f"{plan['mode']}: {plan['why']}", highlight=False, markup=False, soft_wrap=True)
 
@@ -27,6 +29,18 @@ def _layer_table(rows: list[Mapping[str, Any]]) -> Table:
         costs = [f"{row['cost'][mode]:.1e}" if mode in row["cost"] else "" for mode in modes]
         table.add_row(str(row["layer"]), row["tensor"].upper(), row["format"], *costs)
     return table
+
+
+def _screen_lines(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Where mean, balance and rotation together leave the least error of dynamic 4-bit formats, and the best other."""
+    screened = [(f"{row['layer']}.{row['tensor'].upper()}", row["screened"]) for row in rows if row.get("screened")]
+    if screened:
+        full = next(iter(screened[0][1]))
+        others = [(found[name], place, name) for place, found in screened for name in found if name != full]
+        ratio, place, name = min(others)
+        least = sum(min(found, key=lambda word: found[word]) == full for _, found in screened)
+        yield f"4 bits with {full} leave the least error in {least} of {len(screened)} tensors; of others the best is {name}"
+        yield f"of {place}, {ratio:.2f} times that error"
 
 
 def _map_table(rows: list[Mapping[str, Any]], chosen: str) -> Table:

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +15,11 @@ import typer
 from quant.errors import ArgumentError, describe
 
 from .common import GateError, UsageError, cli_errors, console, emit_json, output
+from .report_ops import check_ops_usage, report_ops
 from .report_parts import progress_bar, say, scales_folder
 
 if TYPE_CHECKING:
+    from foldkv.accuracy.ops_report import OpsReport
     from foldkv.accuracy.report import AccuracyReport
 
 
@@ -46,6 +49,9 @@ def report(
             "--ops", help="Measure the attention ops alone, replayed at growing lengths: ops.json, .md, .html."
         ),
     ] = False,
+    with_ops: Annotated[
+        bool, typer.Option("--with-ops", help="Measure the ops too, after the model: pages that link to each other.")
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="Text, .txt or .jsonl (default: the model writes its own)")] = None,
     scales: Annotated[Path | None, typer.Option(help="Folder of the calibration (default: MODEL/kv_cache)")] = None,
     windows: Annotated[int | None, typer.Option(min=0, help="Windows appended in one piece, and in chunks.")] = None,
@@ -58,7 +64,8 @@ def report(
         typer.Option(help="Other formats beside ours: all, none, or names: fp8,q4_0 (default: the level's)."),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness (pip install lm_eval), scored through the cache.")
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness (pip install lm_eval accelerate), scored through the cache."),
     ] = None,
     tasks_path: Annotated[Path | None, typer.Option(help="Folder of their YAML files, for tasks of your own.")] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
@@ -89,11 +96,18 @@ def report(
     A run that is cut short goes on where it stopped when the same command is given again.
     """
     modes = split_modes(kv)
+    if ops or with_ops:
+        check_ops_usage(modes, level, dtype)
+    ops_too = partial(
+        report_ops, modes, out, model, scales=scales, data=data, level=level, dtype=dtype, device=device,
+        text_column=text_column, watch=not no_progress and not json,
+    )  # fmt: skip
     if ops:
-        from .report_ops import report_ops
-
-        report_ops(model, modes, out, scales=scales, data=data, level=level, dtype=dtype, device=device, fail_if=fail_if,
-                   json=json, watch=not no_progress and not json)  # fmt: skip
+        if fail_if:
+            raise UsageError(describe("--fail-if", "none with --ops, which has its own bands", fail_if[0]))
+        alone = ops_too()
+        _tell_ops(alone, json)
+        _judge_ops(alone)
         return
     if model is None:
         raise UsageError(describe("MODEL", "a checkpoint directory or hub id", "none", "or give --ops"))
@@ -101,11 +115,10 @@ def report(
     gates = _check_usage(modes, fail_if or [], level, sizes | {"new_tokens": new_tokens})
     folder = scales_folder(model, scales)
     from foldkv.accuracy import accuracy_report
-    from foldkv.accuracy.baselines import all_names
     from foldkv.accuracy.partial import Partial
     from foldkv.hf import load_model
 
-    names = {None: None, "all": all_names(), "none": []}.get(baselines, (baselines or "").split(","))
+    names = {None: None, "none": []}.get(baselines, (baselines or "").split(","))
     if fresh:
         Partial(out, {}).clear()
     loaded, tokenizer = load_model(model, dtype or ("float32" if device == "cpu" else "auto"), device)
@@ -124,7 +137,12 @@ def report(
     else:
         _print(result)
     console.print("wrote " + ", ".join(str(path) for path in paths), markup=False, highlight=False, soft_wrap=True)
+    found = ops_too(loaded=(loaded, tokenizer)) if with_ops else None
+    if found is not None and not json:
+        _tell_ops(found, json)
     _judge(result)
+    if found is not None:
+        _judge_ops(found)
 
 
 @contextmanager
@@ -211,3 +229,19 @@ def _judge(result: AccuracyReport) -> None:
         raise GateError("; ".join(f"gate failed: {failed}" for failed in result.failed_gates))
     if result.gates and not result.trusted:
         raise GateError("gates cannot pass: a check of the harness failed, so the figures mean nothing")
+
+
+def _tell_ops(found: OpsReport, json: bool) -> None:
+    """What came of the ops, on stdout."""
+    from foldkv.accuracy.ops_render import verdict
+
+    if json:
+        emit_json(found.data)
+    else:
+        say(verdict(found.data), style="bold")
+
+
+def _judge_ops(found: OpsReport) -> None:
+    """GateError where an error of an op lies outside its band."""
+    if not found.ok:
+        raise GateError("; ".join(found.data["outside"][:10]))

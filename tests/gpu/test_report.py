@@ -46,3 +46,9 @@ def test_every_check_holds_under_replay(report: AccuracyReport) -> None:
 def test_the_noise_floor_is_that_of_16_bits(report: AccuracyReport) -> None:
     assert report.data["noise_floor"]["kld_mean"] < 1e-4
     assert report.data["noise_floor"]["stored_logits"] == 0
+
+
+def test_greedy_texts_come_from_the_engine(report: AccuracyReport) -> None:
+    texts = report.data["generation"]
+    assert texts["engine"] and texts["graphs"] == ON_GPU and texts["texts"] == 4
+    assert texts["band"]["split"]["match_16"] >= 0.5 and report.data["modes"]["c8"]["generation"]["tokens"] == 16
