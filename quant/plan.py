@@ -13,10 +13,11 @@ may be added so that cuts fall between tiles of the smallest cost (`make_share`)
 w-th share.
 
 The plan buffer is int32: a header of 16 (number of items, of merges, of partials used, index of the first merge, status,
-cost of all tiles, chunk size, tile_q, index of the first item, num_workers, a worker's share rounded up, the most queries
-of a tile and the most parts among the merges, zeros), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count,
-chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start, seq_len, chunks of a
-group or 0), then merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query, zeros).
+cost of all tiles, chunk size, tile_q, index of the first item, num_workers, a worker's share rounded up, the most queries of
+a tile and the most parts among the merges, zeros), the first item of each worker and the number of items, then items of 12
+(seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start,
+seq_len, chunks of a group or 0), then merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query,
+zeros).
 """
 
 from __future__ import annotations

@@ -8,16 +8,16 @@ namespace foldkv::cuda {
 namespace {
 
 // Code is kept short here, and in loops: what this kernel takes of the instruction caches, the next attend kernel misses.
-constexpr int kFewParts = 32;
+template <int D>
+constexpr int kFewParts = D > 128 ? 16 : 32;
 
-// Partial outputs on their way to shared memory: kRing slots of kStep<D> of them for a block, or kFewParts for each warp.
+// Partial outputs on their way to shared memory: kFewParts for each warp, or kRing slots of kStep of them for a block.
 constexpr int kRing = 4;
 template <int D>
 constexpr int kStep = D > 128 ? 16 : 32;
 template <int D>
-constexpr int kRingBytes = kWarps * kFewParts * D * 4;
-static_assert(kRing * kStep<128> <= kWarps * kFewParts && kRing * kStep<256> <= kWarps * kFewParts,
-              "room for the ring");
+constexpr int kStagedBytes = kRing * kStep<D> * D * 4;
+static_assert(kWarps * kFewParts<128> <= kRing * kStep<128> && kWarps * kFewParts<256> <= kRing * kStep<256>, "room");
 
 // One query row and head, and what became of its partials: sums of the channels 32 i + lane, their total and maximum.
 template <int D>
@@ -57,10 +57,10 @@ struct Job {
 template <int D>
 __device__ __forceinline__ void combine_few(const AttendParams& p, Job<D>& job, int warp, int lane) {
   constexpr int kEach = D / 32;
-  float* from = reinterpret_cast<float*>(shared_memory) + warp * kFewParts * D;
+  float* from = reinterpret_cast<float*>(shared_memory) + warp * kFewParts<D> * D;
   const float2 state = job.state(p, lane);
   __syncwarp();  // all have left the partials before
-  job.fetch(p, shared_address(from), 0, kFewParts, lane, 32);
+  job.fetch(p, shared_address(from), 0, kFewParts<D>, lane, 32);
   copy_wait<0>();
   __syncwarp();
   float group[kEach] = {}, group_total = 0.0f;
@@ -176,10 +176,19 @@ __device__ __forceinline__ void combine_many(const AttendParams& p, Job<D>& job,
   float2 state = job.state(p, threadIdx.x);
   Carried carried;
   float row[kEach] = {}, group[kEach] = {}, row_total = 0.0f, group_total = 0.0f;
+  const auto close = [&](const Rescale& r) {  // the group before is done
+    row_total = fold(row_total, group_total, r);
+    group_total = 0.0f;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      row[e] = fold(row[e], group[e], r);
+      group[e] = 0.0f;
+    }
+  };
 #pragma unroll 1
-  for (int step = 0;; ++step) {
+  for (int step = 0; step * kStep<D> < parts; ++step) {
     const int first = step * kStep<D>, at = first % kThreads;
-    if (at == 0 && first < parts) {
+    if (at == 0) {
       share_factors(f, state, carried);
       state = job.state(p, first + kThreads + threadIdx.x);  // of the next ones, ahead of their use
     }
@@ -187,32 +196,27 @@ __device__ __forceinline__ void combine_many(const AttendParams& p, Job<D>& job,
     __syncthreads();
     fetch(step + kRing - 1);
     const float* from = reinterpret_cast<const float*>(shared_memory) + step % kRing * kStep<D> * D + threadIdx.x;
+    const int count = min(parts - first, kStep<D>);
     const unsigned starts = f.starts[at / 32] >> at % 32;
 #pragma unroll 1
-    for (int i = 0; i < kStep<D> && first + i <= parts; ++i) {
-      const bool end = first + i == parts;
-      if (end || (starts >> i & 1) != 0) {  // the group before is done
-        const float2 factor = f.closing[at + i];
-        const Rescale r = end ? rescale(carried.row_max, carried.group_max) : Rescale{0, factor.x, factor.y};
-        row_total = fold(row_total, group_total, r);
-        group_total = 0.0f;
+    for (int i = 0; i < count;) {
+      if ((starts >> i & 1) != 0) close({0, f.closing[at + i].x, f.closing[at + i].y});
+      const unsigned later = starts & ~((2u << i) - 1);
+      const int stop = later != 0 ? min(__ffs(later) - 1, count) : count;
+#pragma unroll 4
+      for (; i < stop; ++i) {
+        const Rescale r = {0, f.inside[at + i].x, f.inside[at + i].y};
+        group_total = fold(group_total, f.total[at + i], r);
 #pragma unroll
         for (int e = 0; e < kEach; ++e) {
-          row[e] = fold(row[e], group[e], r);
-          group[e] = 0.0f;
+          if (D % kThreads == 0 || threadIdx.x < D) group[e] = fold(group[e], from[i * D + e * kThreads], r);
         }
-        job.max = r.max;
-        if (end) break;
-      }
-      const Rescale r = {0, f.inside[at + i].x, f.inside[at + i].y};
-      group_total = fold(group_total, f.total[at + i], r);
-#pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-        if (D % kThreads == 0 || threadIdx.x < D) group[e] = fold(group[e], from[i * D + e * kThreads], r);
       }
     }
-    if (first + kStep<D> > parts) break;
   }
+  const Rescale last = rescale(carried.row_max, carried.group_max);
+  close(last);
+  job.max = last.max;
   copy_wait<0>();
   job.total = row_total;
 #pragma unroll
@@ -244,14 +248,14 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll 1
   while (true) {
     if (at >= num_jobs) {
-      if (!few || most_parts <= kFewParts) break;
+      if (!few || most_parts <= kFewParts<D>) break;
       few = false;
       at = blockIdx.x;
       __syncthreads();  // all have left their own partials
       continue;
     }
     Job<D> job(p, merges, most_queries, at);
-    if (job.token < job.item.q_count && job.item.parts <= kFewParts == few) {
+    if (job.token < job.item.q_count && (job.item.parts <= kFewParts<D>) == few) {
       if (few) {
         combine_few<D>(p, job, warp, lane);
       } else {
@@ -270,7 +274,7 @@ template <int D>
 cudaError_t launch(const AttendParams& p, bool integer, float boost, int num_blocks, bool overlap,
                    cudaStream_t stream) {
   const cudaError_t error =
-      cudaFuncSetAttribute(combine_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes<D>);
+      cudaFuncSetAttribute(combine_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kStagedBytes<D>);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -278,7 +282,7 @@ cudaError_t launch(const AttendParams& p, bool integer, float boost, int num_blo
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(num_blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kRingBytes<D>;
+  config.dynamicSmemBytes = kStagedBytes<D>;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = overlap ? 1 : 0;
