@@ -27,15 +27,21 @@ def quantize_rows(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
 
     Scale and zero are bf16 and fp16 values, as they are stored.
     """
-    low, high = y.amin(-1, keepdim=True) + 0.0, y.amax(-1, keepdim=True)  # a zero is +0, whichever came first
-    scale, zero = min_max_scale(low, high, fmt)
-    codes = torch.round(y / scale + zero).clamp(0, fmt.element.max_code)
+    codes, scale, zero = min_max_rows(y, fmt)
     if not fmt.searches_range:
         return codes, scale, zero
+    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
     searched = (low <= 0) & (high >= 0) & (torch.maximum(-low, high) >= _LEAST_SEARCHED)
     found = search_rows(y, low, torch.where(searched, high - low, torch.ones_like(low)))
     codes, scale, zero = (torch.where(searched, a, b) for a, b in zip(found, (codes, scale, zero), strict=True))
     return codes, scale, zero
+
+
+def min_max_rows(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_rows` by min .. max alone, as formats that search no range have it."""
+    low, high = y.amin(-1, keepdim=True) + 0.0, y.amax(-1, keepdim=True)  # a zero is +0, whichever came first
+    scale, zero = min_max_scale(low, high, fmt)
+    return torch.round(y / scale + zero).clamp(0, fmt.element.max_code), scale, zero
 
 
 def min_max_scale(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -100,4 +106,4 @@ def round_up_to_bf16(x: Tensor) -> Tensor:
     return ((x.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32).clamp(max=_MAX_SCALE)
 
 
-__all__ = ["min_max_scale", "quantize_rows", "round_up_to_bf16", "search_rows"]
+__all__ = ["min_max_rows", "min_max_scale", "quantize_rows", "round_up_to_bf16", "search_rows"]

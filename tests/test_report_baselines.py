@@ -14,7 +14,7 @@ from foldkv.accuracy.emulate import EmulatedSource, format_codec, pick_heads
 from quant import reference
 from quant.errors import ArgumentError
 from quant.pages import identity_params
-from quant.spec import MODES
+from quant.spec import MODES, Format
 
 
 def blocks(x: np.ndarray, bits: int) -> np.ndarray:
@@ -84,6 +84,15 @@ def test_fp8_takes_the_calibrated_range_of_the_tensor() -> None:
     got = k(x).flatten()
     assert torch.allclose(got, torch.tensor([absmax, -absmax, absmax, absmax / 448]), rtol=1e-6)
     assert baselines.fp8_tensor(448.0)(torch.tensor([[[[1.06]]]])).item() == 1.0  # 3 bits of mantissa
+
+
+def test_int4_of_others_takes_the_whole_range() -> None:
+    """A scale from min .. max, as everybody has it: our search of 4-bit rows is not theirs."""
+    x = torch.cat((torch.tensor([-1.0, 2.75]), torch.rand(62))).view(1, 1, 1, 64)
+    codec, _ = BASELINES["int4-token"](64, None).codecs(0)
+    assert torch.equal(codec(x)[..., :2], x[..., :2])  # the ends of 15 steps of 0.25
+    assert (codec(x) - x).abs().max() <= 0.125
+    assert not torch.equal(format_codec(Format("int4", "token", symmetric=False), None)(x)[..., :2], x[..., :2])
 
 
 def test_the_emulated_format_is_the_references_own() -> None:

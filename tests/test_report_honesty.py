@@ -142,11 +142,13 @@ def report(model: PreTrainedModel) -> AccuracyReport:
     sources = [
         "c8",
         "c4",
+        "c4r",
         Tampered("zeros", "c8", scales, zeros),
         Tampered("empty", "c8", scales, append_changed(lambda k, v: (torch.zeros_like(k), torch.zeros_like(v)))),
         Tampered("no_v_scale", "c8", scales, without_v_scale),
         Tampered("swapped_heads", "c8", scales, append_changed(lambda k, v: (k.flip(1), v.flip(1)))),
         Tampered("k_for_v", "c4", scales, append_changed(lambda k, v: (v, k))),
+        Tampered("k_for_v_searched", "c4r", scales, append_changed(lambda k, v: (v, k))),
         Tampered("stale_plan", "c8", scales, stale_plan),
         Tampered("late_append", "c8", scales, forgets_newest),
         ExactPrefill("exact_prefill", parse_modes("c4", 2), scales),
@@ -159,7 +161,7 @@ def failed(report: AccuracyReport, mode: str) -> set[str]:
     return {check["name"] for check in report.data["checks"] if not check["ok"] and check["mode"] == mode}
 
 
-@pytest.mark.parametrize("mode", ["c8", "c4"])
+@pytest.mark.parametrize("mode", ["c8", "c4", "c4r"])
 def test_honest_modes_pass_every_check(report: AccuracyReport, mode: str) -> None:
     assert failed(report, mode) == set()
     assert report.data["modes"][mode]["level"] != "suspect"
@@ -173,6 +175,7 @@ def test_honest_modes_pass_every_check(report: AccuracyReport, mode: str) -> Non
         ("no_v_scale", {"reference_prefill", "reference_decode"}),
         ("swapped_heads", {"reference_prefill", "reference_decode"}),
         ("k_for_v", {"reference_prefill", "reference_decode"}),
+        ("k_for_v_searched", {"reference_prefill", "reference_decode"}),
         ("stale_plan", {"reference_decode"}),
         ("late_append", {"reference_decode"}),
         ("exact_prefill", {"reference_prefill", "ways_agree"}),
@@ -199,7 +202,7 @@ def test_what_is_broken_is_told_apart_from_rounding(report: AccuracyReport) -> N
     for name, entry in report.data["modes"].items():
         for way, one in entry["reference"].items():
             share = one["kld"] / one["own_kld"]
-            if name in ("c8", "c4"):
+            if name in ("c8", "c4", "c4r"):
                 assert share < 0.1, (name, way)
             elif f"reference_{way}" in failed(report, name):
                 assert share > 0.5, (name, way)

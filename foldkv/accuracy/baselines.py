@@ -16,10 +16,11 @@ from torch import Tensor
 from foldkv.hf.models import kv_shapes
 from foldkv.hf.quantized_cache import GROUP, QUANTIZED_CACHES, RESIDUAL, QuantizedCacheKind
 from quant import reference
+from quant.dynamic import min_max_rows
 from quant.errors import ArgumentError, describe
 from quant.spec import Format
 
-from .emulate import Codec, Codecs, EmulatedSource, format_codec
+from .emulate import Codec, Codecs, EmulatedSource
 from .sources import CacheSource, NewCache, StockSource
 
 if TYPE_CHECKING:
@@ -112,7 +113,13 @@ def _both(codec: Codec) -> Codecs:
 
 
 def _token(name: str, symmetric: bool) -> Codec:
-    return format_codec(Format(name, "token", symmetric=symmetric), None)
+    fmt = Format(name, "token", symmetric=symmetric)
+
+    def codec(x: Tensor) -> Tensor:
+        codes, scale, zero = min_max_rows(x.float(), fmt)
+        return (codes - zero) * scale
+
+    return codec
 
 
 def _fp8(scales: KVScales | None) -> Codecs:

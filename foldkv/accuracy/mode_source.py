@@ -35,7 +35,9 @@ class ModeSource(CacheSource):
         super().__init__(name)
         self.specs = specs
         self.scales = scales
-        self.quantised = any(_is_quantised(spec) for spec in (specs.default, *specs.layers.values()))
+        used = (specs.default, *specs.layers.values())
+        self.quantised = any(_is_quantised(spec) for spec in used)
+        self.searches = any(spec.k.searches_range or spec.v.searches_range for spec in used)
 
     @contextmanager
     def open(self, model: PreTrainedModel) -> Iterator[NewCache]:
