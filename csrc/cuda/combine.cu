@@ -28,10 +28,12 @@ struct Job {
   float total;
   int max;
 
-  __device__ __forceinline__ Job(const AttendParams& p, const MergeItem* merges, int most_queries, int64_t job)
-      : item(merges[job / p.h_q / most_queries]),
-        token(static_cast<int>(job / p.h_q % most_queries)),
-        head(static_cast<int>(job % p.h_q)) {}
+  __device__ __forceinline__ Job(const AttendParams& p, const MergeItem* merges, unsigned most_queries, unsigned job) {
+    const unsigned row = job / p.h_q;
+    item = merges[row / most_queries];
+    token = static_cast<int>(row % most_queries);
+    head = static_cast<int>(job - row * p.h_q);
+  }
   __device__ __forceinline__ PartialAt part(const AttendParams& p, int i) const {
     return partial_at(p, item.first_partial + token + static_cast<int64_t>(i) * item.q_count, head, D);
   }
@@ -128,6 +130,7 @@ __device__ __forceinline__ void share_factors(Factors& f, float2 state, Carried&
   if (lane == 0) before = kEmpty;
   __syncthreads();
   int open = carried.group_max, row = carried.all_max;
+#pragma unroll 1
   for (int w = 0; w < warp; ++w) {
     open = f.starts[w] != 0 ? f.warp_group[w] : ::max(open, f.warp_group[w]);
     row = ::max(row, f.warp_row[w]);
@@ -143,6 +146,7 @@ __device__ __forceinline__ void share_factors(Factors& f, float2 state, Carried&
   f.inside[thread] = make_float2(inside.a, inside.b);
   // The group before began at the last start before this thread; the row had all partials before that.
   int row_had = carried.row_max;
+#pragma unroll 1
   for (int w = 0; w <= warp; ++w) {
     const unsigned seen = w < warp ? f.starts[w] : starts & ((1u << lane) - 1);
     if (seen != 0) row_had = f.row_max[32 * w + 31 - __clz(seen)];
@@ -152,6 +156,7 @@ __device__ __forceinline__ void share_factors(Factors& f, float2 state, Carried&
   // After the last partial; those past the end are empty.
   Carried after = carried;
   after.group_max = f.group_max[kThreads - 1];
+#pragma unroll 1
   for (int w = 0; w < kWarps; ++w) {
     after.all_max = ::max(after.all_max, f.warp_row[w]);
     if (f.starts[w] != 0) after.row_max = f.row_max[32 * w + 31 - __clz(f.starts[w])];
@@ -236,12 +241,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int4 head_a = *reinterpret_cast<const int4*>(plan), head_b = *reinterpret_cast<const int4*>(plan + kStatus);
   const int most_queries = plan[kMergeQueries], most_parts = plan[kMergeParts];
   const auto* merges = reinterpret_cast<const MergeItem*>(plan + head_a.w);
-  const int64_t num_jobs = head_b.x != kPlanOk ? 0 : static_cast<int64_t>(head_a.y) * most_queries * p.h_q;
+  const unsigned num_jobs = head_b.x != kPlanOk ? 0 : head_a.y * most_queries * p.h_q;  // no more than rows of queries
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   // First the rows of few partials, by warps; neighbours in a block have neighbouring rows. Then the others, by blocks.
   bool few = true;
-  int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  if (at < num_jobs) prefetch(merges + at / p.h_q / most_queries);
+  unsigned at = blockIdx.x * kWarps + warp;
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
@@ -266,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
       if (!few) __syncthreads();
     }
-    at += static_cast<int64_t>(gridDim.x) * (few ? kWarps : 1);
+    at += gridDim.x * (few ? kWarps : 1);
   }
 }
 
