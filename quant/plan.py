@@ -139,8 +139,9 @@ class Capacity:
 
     @property
     def max_partials(self) -> int:
-        """Partials of one query token each that the workspace holds."""
-        return _ceil_div(self.total_tokens, self.chunk_size) + min(self.max_q_tokens, self.max_batch * self.tile_q)
+        """Partials of one query token each that the workspace holds: an even number, so that outputs are 16-byte aligned."""
+        wanted = _ceil_div(self.total_tokens, self.chunk_size) + min(self.max_q_tokens, self.max_batch * self.tile_q)
+        return wanted + wanted % 2
 
     @property
     def grouped_q(self) -> int:

@@ -138,8 +138,8 @@ def test_a_workspace_too_small_is_an_error() -> None:
     batch = make_ragged(Source(SPECS["c8"], 1, 8, 16), [(2000, 1)])
     plan = batch.plan(num_workers=16)
     groups = 128 * (8 + 4)  # of one sequence and kv head
-    plan.workspace = plan.workspace[: 3 * 8 * 18 + groups]
-    with fails("workspace: expected room for 8 partials, got 3; use the workspace of the Plan that was updated"):
+    plan.workspace = plan.workspace[: 2 * 8 * 18 + groups]
+    with fails("workspace: expected room for 8 partials, got 2; use the workspace of the Plan that was updated"):
         batch.attend(plan)
 
 

@@ -181,7 +181,9 @@ def test_sizes_are_functions_of_the_capacity(h_q: int, h_kv: int, tile: int) -> 
     assert capacity.tile_q == tile
     assert capacity.max_tiles == 96 // tile + 32
     assert capacity.plan_ints == 16 + 12 + 12 * (2 * capacity.max_tiles + 10)
-    assert capacity.max_partials == 157 + min(96, 32 * tile)
+    assert (
+        capacity.max_partials in (157 + min(96, 32 * tile), 158 + min(96, 32 * tile)) and capacity.max_partials % 2 == 0
+    )
     assert capacity.workspace_floats == capacity.max_partials * h_q * 130 + 32 * h_kv * 128 * 12
     plan = Plan(capacity)
     assert plan.buffer.shape == (capacity.plan_ints,) and plan.workspace.shape == (capacity.workspace_floats,)

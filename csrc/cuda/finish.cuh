@@ -62,9 +62,8 @@ __device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, 
   const bool empty = max == kEmpty;
   const float inverse = empty ? 0.0f : 1.0f / total;
 #pragma unroll
-  for (int i = 0; i < D / 32; ++i) {
-    store_element(p.out, p.q.dtype, at * D + 32 * i + lane, empty ? 0.0f : x[i] * inverse);
-  }
+  for (int i = 0; i < D / 32; ++i) x[i] = empty ? 0.0f : x[i] * inverse;
+  store_lane(x, p.out, p.q.dtype, at * D + lane);
   if (p.lse != nullptr && lane == 0) {
     p.lse[at] = empty ? -INFINITY : (static_cast<float>(max) - boost + log2f(total)) * kLn2;
   }

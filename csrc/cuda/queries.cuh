@@ -101,8 +101,7 @@ class Queries {
       if (r >= rows) return;
       const int token = (first_row + r) / group, head = kv_head * group + (first_row + r) % group;
       const int64_t at = static_cast<int64_t>(item.q_row + token) * p.q.token_stride + head * p.q.head_stride;
-#pragma unroll
-      for (int i = 0; i < kSlices; ++i) ahead[i] = load_element(p.q.data, p.q.dtype, at + 32 * i + lane);
+      load_lane(ahead, p.q.data, p.q.dtype, at + lane);
     };
     fetch(warp);
 #pragma unroll 1
@@ -171,17 +170,21 @@ class Queries {
     }
   }
 
-  // Where in its 32 channels' 32 places a lane's channel goes.
+  // Where in its 32 channels' 32 places a lane's channel goes. Eight lanes' places make a word.
   __device__ __forceinline__ static int place_of(int lane) {
-    int place = 0;
-#pragma unroll
+    constexpr uint64_t kPlaces[4] = {places(0), places(1), places(2), places(3)};
+    const uint64_t low = lane < 8 ? kPlaces[0] : kPlaces[1], high = lane < 24 ? kPlaces[2] : kPlaces[3];
+    return static_cast<int>((lane < 16 ? low : high) >> lane % 8 * 8) & 31;
+  }
+  static constexpr uint64_t places(int octet) {
+    uint64_t word = 0;
     for (int i = 0; i < 8; ++i) {
-#pragma unroll
       for (int t = 0; t < 4; ++t) {
-        if (K::k_channel(t, i) == lane) place = 8 * t + i;
+        const int lane = K::k_channel(t, i);
+        if (lane / 8 == octet) word |= static_cast<uint64_t>(8 * t + i) << lane % 8 * 8;
       }
     }
-    return place;
+    return word;
   }
 
   // Returns what the mean, and static zeros, add to every dot.

@@ -27,6 +27,38 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t a
   }
 }
 
+// A lane's channels at, at + 32, ...: one branch for all, as code is scarce.
+template <int N>
+__device__ __forceinline__ void load_lane(float (&x)[N], const void* data, DType dtype, int64_t at) {
+  if (dtype == DType::Float32) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = static_cast<const float*>(data)[at + 32 * i];
+    return;
+  }
+  const bool half = dtype == DType::Float16;
+  const auto* from = static_cast<const uint16_t*>(data) + at;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const uint16_t raw = from[32 * i];
+    x[i] = half ? __half2float(__ushort_as_half(raw)) : __uint_as_float(static_cast<uint32_t>(raw) << 16);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_lane(const float (&x)[N], void* data, DType dtype, int64_t at) {
+  if (dtype == DType::Float32) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) static_cast<float*>(data)[at + 32 * i] = x[i];
+    return;
+  }
+  const bool half = dtype == DType::Float16;
+  auto* to = static_cast<uint16_t*>(data) + at;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    to[32 * i] = half ? __half_as_ushort(__float2half_rn(x[i])) : __bfloat16_as_ushort(__float2bfloat16_rn(x[i]));
+  }
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
@@ -46,11 +78,11 @@ __device__ __forceinline__ void hadamard_row(float (&x)[D / 32], int lane) {
   constexpr int kBlock = hadamard_block(D);
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const bool second = (lane & step) != 0;
+    const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       const float other = __shfl_xor_sync(kFullWarp, x[i], step);
-      x[i] = second ? __fsub_rn(other, x[i]) : __fadd_rn(x[i], other);
+      x[i] = __fmaf_rn(x[i], sign, other);  // a sum or a difference, rounded once
     }
   }
 #pragma unroll
