@@ -73,7 +73,7 @@ def test_scores_are_near_those_of_the_stock_model(llama: PreTrainedModel, kv: st
     with swapped(llama, kv), Engine(llama, max_batch=8, max_seq_len=128) as engine:
         got = torch.stack(list(engine.score(tokens, 33)), dim=1).float()
     error = float((got - want).abs().mean() / want.std())
-    assert error < {"c16": 0.01, "c8d": 0.03, "c4r": 0.6}[kv]
+    assert error < {"c16": 0.01, "c8d": 0.05, "c4r": 0.6}[kv]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
