@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import subprocess
 from datetime import datetime, timezone
 from importlib import import_module, metadata
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import foldkv
+from foldkv.commit import running_commit
 from foldkv.doctor import cpu_name
 from foldkv.version import __version__
 from quant import backend
@@ -55,7 +54,7 @@ def software() -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": metadata.version("transformers"),
         },
-        "commit": _commit(),
+        "commit": running_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -70,15 +69,3 @@ def _kernels(device_type: str) -> str:
     if not backend.has_kernels(device_type):
         return "PyTorch fallback: right, and slow"
     return "compiled" if device_type != "cpu" else f"compiled, {import_module('quant._C').cpu_isa()}"
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that foldkv runs from; None for an installed package."""
-    root = Path(foldkv.__file__).parent.parent if foldkv.__file__ else Path(foldkv.__path__[0]).parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
