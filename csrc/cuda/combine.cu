@@ -43,28 +43,56 @@ struct Parts {
   }
 };
 
+// What 32 partials, one a lane, are folded with; in chunk order.
+struct Factors {
+  unsigned starts;  // which begin a group
+  int before;  // maximum of the group before this lane's partial, that of the group it begins or goes on with excepted
+  float group, self, total;  // what the group has so far and the partial are multiplied by; the partial's total
+
+  // `open`: the maximum of the group that goes on from the partials before; becomes that after these.
+  __device__ __forceinline__ void set(float2 state, int& open, int lane) {
+    const int max = max_of(state);
+    total = state.y;
+    starts = __ballot_sync(kFullWarp, starts_group(state));
+    const unsigned upto = starts & (kFullWarp >> (31 - lane));
+    const int begin = upto != 0 ? 31 - __clz(upto) : 0;
+    int group_max = max;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, group_max, step);
+      if (lane - step >= begin) group_max = ::max(group_max, other);
+    }
+    if (upto == 0) group_max = ::max(group_max, open);
+    before = __shfl_up_sync(kFullWarp, group_max, 1);
+    if (lane == 0) before = open;
+    open = __shfl_sync(kFullWarp, group_max, 31);
+    const Rescale r = rescale(starts_group(state) ? kEmpty : before, max);
+    group = r.a;
+    self = r.b;
+  }
+};
+
 // Partials are folded into their group, groups into the row; lane l has the channels l, l + 32, ...
 template <int D>
 struct Row {
   static constexpr int kEach = D / 32;
   float x[kEach] = {}, group[kEach] = {};
   float total = 0.0f, group_total = 0.0f;
-  int max = kEmpty, group_max = kEmpty;
+  int max = kEmpty;
 
-  __device__ __forceinline__ void add(float2 state, const float* part) {
-    const Rescale r = rescale(group_max, max_of(state));
-    group_max = r.max;
-    group_total = fold(group_total, state.y, r);
+  // Partial i of the 32.
+  __device__ __forceinline__ void add(const Factors& f, int i, const float* part) {
+    const Rescale r = {0, __shfl_sync(kFullWarp, f.group, i), __shfl_sync(kFullWarp, f.self, i)};
+    group_total = fold(group_total, __shfl_sync(kFullWarp, f.total, i), r);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) group[e] = fold(group[e], part[32 * e], r);
   }
 
-  // The group is done.
-  __device__ __forceinline__ void close() {
+  // The group, of this maximum, is done.
+  __device__ __forceinline__ void close(int group_max) {
     const Rescale r = rescale(max, group_max);
     max = r.max;
     total = fold(total, group_total, r);
-    group_max = kEmpty;
     group_total = 0.0f;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
@@ -104,24 +132,27 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int batch = 0; batch < 2 * kBatch<D>; batch += kBatch<D>) parts.fetch(batch, lane);
     Row<D> row;
+    int open = kEmpty;
+    Factors factors;
 #pragma unroll 1
     for (int part = 0; part < item.parts; part += kBatch<D>) {
-      const float2 state = next;
-      next = parts.state(part + kBatch<D> + lane);
+      if (part % 32 == 0) {
+        factors.set(next, open, lane);
+        next = parts.state(part + 32 + lane);
+      }
       copy_wait<1>();
       __syncwarp();
       const float* from = parts.staged + part / kBatch<D> % 2 * (kBatch<D> * D) + lane;
-      const int count = min(item.parts - part, kBatch<D>);
-#pragma unroll 1
-      for (int i = 0; i < count; ++i, from += D) {
-        const float2 its = make_float2(__shfl_sync(kFullWarp, state.x, i), __shfl_sync(kFullWarp, state.y, i));
-        if (starts_group(its)) row.close();
-        row.add(its, from);
+      const int end = min(item.parts - part, kBatch<D>) + part % 32;
+#pragma unroll 2
+      for (int i = part % 32; i < end; ++i, from += D) {
+        if ((factors.starts >> i & 1) != 0) row.close(__shfl_sync(kFullWarp, factors.before, i));
+        row.add(factors, i, from);
       }
       __syncwarp();
       parts.fetch(part + 2 * kBatch<D>, lane);
     }
-    row.close();
+    row.close(open);
     copy_wait<0>();
     finish_row<D>(p, integer, item.q_row + token, head, row.max, row.total, boost, row.x, lane);
   }
