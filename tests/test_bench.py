@@ -19,7 +19,9 @@ from foldkv.bench.cuda_cases import PagedCase, Workload
 from foldkv.bench.cuda_run import CudaBench, CudaRow, Note, Rates, Recorder
 from foldkv.bench.cuda_suites import FEW_MODES, SUITES, Item, shape_items, suite_items
 from foldkv.bench.cuda_timing import Call, Timing
+from foldkv.bench.result import stamp
 from foldkv.cli.main import app
+from foldkv.commit import running_commit
 from quant import reference
 from quant.errors import ArgumentError
 from quant.spec import MODES, resolve_mode
@@ -263,3 +265,9 @@ def test_bench_of_the_cpu_still_works(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     kept = json.loads(out.read_text())
     assert kept["rows"][-1]["name"] == "c8" and kept["schema_version"] == 1
+
+
+def test_the_stamp_names_the_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks and reports take it from one place."""
+    monkeypatch.setenv("FOLDKV_COMMIT", "0123abc")
+    assert stamp("CPU", "foldkv bench")["commit"] == "0123abc" == running_commit()
