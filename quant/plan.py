@@ -12,12 +12,11 @@ first chunk lies where the tile begins, the others `ITEM_COST` later. Shares of 
 may be added so that cuts fall between tiles of the smallest cost (`make_share`). Worker w has the items that begin in the
 w-th share.
 
-The plan buffer is int32: a header of 16 (number of items, of merges, of partials used, index of the first merge, status,
+The plan buffer is int32: a header of 12 (number of items, of merges, of partials used, index of the first merge, status,
 cost of all tiles, chunk size, tile_q, index of the first item, num_workers, a worker's share rounded up, the most queries of
-a tile and the most parts among the merges, zeros), the first item of each worker and the number of items, then items of 12
-(seq, q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start,
-seq_len, chunks of a group or 0), then merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query,
-zeros).
+a tile among the merges), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count,
+chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start, seq_len, chunks of a
+group or 0), then merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query, zeros).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from torch import Tensor
 from .errors import ArgumentError, describe
 from .spec import check_head_dim, check_page_size
 
-HEADER, ENTRY = 16, 12
+HEADER, ENTRY = 12, 12
 MAX_WORKERS = 1 << 20
 _STATUS = 4  # of the header; csrc/core/schedule.h has the values
 CHUNK_SIZE = 256
@@ -281,7 +280,7 @@ def reference_plan(
     merge_at = first_item + ENTRY * limits.max_items
     header = [len(items), len(merges), used, merge_at, 0, total, limits.chunk_size, limits.tile_q]
     header += [first_item, limits.num_workers, ceil(share)]
-    header += [max((merge[i] for merge in merges), default=0) for i in (2, 4)] + [0] * 3
+    header += [max((merge[2] for merge in merges), default=0)]
     header += [bisect_left(begins, ceil(worker * share)) for worker in range(limits.num_workers + 1)]
     return items, merges, header
 

@@ -75,7 +75,7 @@ BAD_ATTENDS: list[tuple[dict[str, Any] | Callable[[Batch], dict[str, Tensor]], s
     ({"cu_seqlens_q": int32(1, 2, 4)}, "cu_seqlens_q: expected 0 first and at most 4 (rows of q) last, got 1 and 4"),
     ({"cu_seqlens_q": int32(0, 4)}, "cu_seqlens_q: expected shape [3] (batch + 1), got [2]"),
     ({"seq_starts": int32(0, 0, 0)}, "seq_starts: expected shape [2] (batch), got [3]"),
-    ({"plan": torch.zeros(4).int()}, "plan: expected at least 16 numbers, got 4"),
+    ({"plan": torch.zeros(4).int()}, "plan: expected at least 12 numbers, got 4"),
     ({"plan": torch.zeros(800).int()}, "plan: expected a work list, got a buffer that holds none; call Plan.update first"),
     ({"plan": torch.full((800,), -1).int()}, "plan: expected a work list, got a buffer that holds none"),
     ({"workspace": torch.zeros(100).half()}, "workspace: expected torch.float32, got torch.float16"),

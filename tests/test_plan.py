@@ -180,7 +180,7 @@ def test_sizes_are_functions_of_the_capacity(h_q: int, h_kv: int, tile: int) -> 
     capacity = Capacity(32, 96, 131072, 40000, h_q, h_kv, 128, 64, num_workers=10)
     assert capacity.tile_q == tile
     assert capacity.max_tiles == 96 // tile + 32
-    assert capacity.plan_ints == 16 + 12 + 12 * (2 * capacity.max_tiles + 10)
+    assert capacity.plan_ints == 12 + 12 + 12 * (2 * capacity.max_tiles + 10)
     assert (
         capacity.max_partials in (157 + min(96, 32 * tile), 158 + min(96, 32 * tile)) and capacity.max_partials % 2 == 0
     )

@@ -14,7 +14,7 @@ constexpr int kCostTokens = 64, kItemCost = 4, kChunkCost = kChunkSize / kCostTo
 
 // The plan buffer, int32: header; first item of each worker [num_workers + 1]; items; merges. Parts start at multiples
 // of 4 numbers, so that the device reads entries 16 bytes at a time.
-constexpr int kPlanHeader = 16;
+constexpr int kPlanHeader = 12;
 constexpr int kPlanEntry = 12;
 constexpr int kMaxWorkers = 1 << 20;
 enum PlanHeaderField {
@@ -29,8 +29,7 @@ enum PlanHeaderField {
   kItemAt,
   kNumWorkers,
   kShare,
-  kMergeQueries,  // the most queries of a tile among the merges
-  kMergeParts  // the most partials of a query among the merges
+  kMergeQueries  // the most queries of a tile among the merges
 };
 
 // kStatus of a plan that could not be made, where the planner cannot throw: no items, and outputs are NaN.

@@ -43,7 +43,7 @@ bool plan(const PlanParams& p) {
   int32_t* workers = p.plan + kPlanHeader;
   auto* items = reinterpret_cast<WorkItem*>(p.plan + item_at);
   auto* merges = reinterpret_cast<MergeItem*>(p.plan + merge_at);
-  int num_items = 0, num_merges = 0, worker = 0, merge_queries = 0, merge_parts = 0;
+  int num_items = 0, num_merges = 0, worker = 0, merge_queries = 0;
   int64_t wanted = 0, used = 0;
   int begun = 0;
   for_tiles(p, [&](const Tile& tile) {
@@ -58,7 +58,6 @@ bool plan(const PlanParams& p) {
       if (partial >= 0) {
         used = wanted;
         merge_queries = tile.q_count > merge_queries ? tile.q_count : merge_queries;
-        merge_parts = parts > merge_parts ? parts : merge_parts;
         merges[num_merges++] = {tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial), parts, tile.q_row,
                                 {}};
       }
@@ -95,11 +94,7 @@ bool plan(const PlanParams& p) {
                                        item_at,
                                        p.num_workers,
                                        static_cast<int32_t>(share.begin_of(1)),
-                                       merge_queries,
-                                       merge_parts,
-                                       0,
-                                       0,
-                                       0};
+                                       merge_queries};
   for (int i = 0; i < kPlanHeader; ++i) p.plan[i] = header[i];
   return true;
 }

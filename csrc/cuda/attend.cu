@@ -49,8 +49,8 @@ extern "C" int foldkv_cuda_append_attention(const foldkv::AttendParams* params, 
   const int rows = static_cast<int>((all + batch - 1) / batch);
   const int lanes = p.grid_workers > 0 ? p.grid_workers : kBlocksPerSm * device.num_sms / p.h_kv;
   const int num_blocks = (lanes > 0 ? lanes : 1) * p.h_kv;
-  const cudaError_t error = variant->launch(p, rows, num_blocks, device.max_shared, stream);
+  const cudaError_t error = variant->launch(device, p, rows, num_blocks, stream);
   if (error == cudaErrorNotSupported) return generic_attention(p, device.num_sms, stream);
   if (error != cudaSuccess) return error;
-  return combine(p, variant->v_integer, variant->boost, 4 * device.num_sms, device.major >= 9, stream);
+  return combine(device, p, variant->v_integer, variant->boost, stream);
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/narrow.cuh"
+#include "cuda/overlap.cuh"
 #include "cuda/wide.cuh"
 
 namespace foldkv::cuda {
@@ -50,6 +51,8 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPer
   using S = Shape<K, V, D, kMaxRows>;
   const int32_t* plan = p.plan;
   int worker = block_index() / p.h_kv;
+  wait_for_previous();
+  let_next_begin();
   // All that can be known at once is asked for at once: each wait for memory delays a short batch as a whole. The worker's
   // entry may lie past the table, but not past the plan, which has more entries than workers.
   const int4 head = *reinterpret_cast<const int4*>(plan + kStatus),

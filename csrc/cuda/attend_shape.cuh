@@ -79,6 +79,20 @@ struct Shape {
   // Narrow tiles, behind their queries: weights [token][query row], 16 bits.
   static constexpr int kWeightBytes = kNarrowBlock * kNarrowRows * 2;
   static constexpr int kNarrowBytes = kNarrowRows * kQueryRow + kWeightBytes;
+  // Wide tiles whose rows warps share, behind their queries: weights as A fragments [tile of 16 rows][k-step][lane][8], and what
+  // V's scales make of them, [warp][lane][4] fp32.
+  static constexpr int kWideWeightBytes = kWideBlock * kWideRows * 2;
+  static constexpr int kWideSumBytes = V::kInteger ? kThreads * 16 : 0;
+  template <int kTiles>
+  __device__ static __forceinline__ int wide_weights() {
+    return kQueryAt + kTiles * kWideRows * kQueryRow;
+  }
+  template <int kTiles>
+  __device__ static __forceinline__ int wide_sums() {
+    return wide_weights<kTiles>() + kTiles * kWideWeightBytes;
+  }
+  static constexpr int kSharedTiles = kDecode ? 1 : 2;  // the most that warps share
+  static constexpr int kWideBytes = kSharedTiles * (kWideRows * kQueryRow + kWideWeightBytes) + kWideSumBytes;
   // Outputs on their way to memory, 8 rows of each tile [row][D] fp32, take the place of queries and weights.
   static constexpr int kOutBytes = (kMaxRows / kWideRows) * 8 * D * 4;
   static constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -86,7 +100,7 @@ struct Shape {
   static constexpr int kQueryAt = kStages * kSlotBytes;
   static constexpr int kOutAt = kQueryAt;
   static constexpr int kWeightAt = kQueryAt + kNarrowRows * kQueryRow;
-  static constexpr int kRowsAt = kQueryAt + larger(larger(kQueryBytes, kNarrowBytes), kOutBytes);
+  static constexpr int kRowsAt = kQueryAt + larger(larger(kQueryBytes, kOutBytes), larger(kNarrowBytes, kWideBytes));
   using Rows = RowInfo<kRowsAt, kMaxRows>;
   static constexpr int kCursorAt = kRowsAt + Rows::kBytes;
   static constexpr int kCursorBytes = 80, kPassBytes = 104;

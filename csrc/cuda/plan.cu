@@ -9,6 +9,7 @@
 #include "core/params.h"
 #include "core/schedule.h"
 #include "cuda/launch.h"
+#include "cuda/overlap.cuh"
 
 namespace foldkv::cuda {
 namespace {
@@ -38,7 +39,7 @@ struct Shared {
   int item_at[kThreads + 1];  // first item of each tile, within this round of tiles
   CutTile tiles[kThreads];
   int used;  // partials
-  int merge_queries, merge_parts;  // the most queries, and partials of each, of a tile that is cut
+  int merge_queries;  // the most queries of a tile that is cut
 };
 
 // Sums over the threads before this one; `total` over all. Rounds take turns with the two buffers.
@@ -140,7 +141,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
   __shared__ Shared s;
   Scan scan{s};
   const int thread = threadIdx.x;
-  if (thread == 0) s.used = s.merge_queries = s.merge_parts = 0;
+  wait_for_previous();
+  let_next_begin();
+  if (thread == 0) s.used = s.merge_queries = 0;
   int32_t* workers = p.plan + kPlanHeader;
   const int item_at = plan_item_at(p.num_workers), merge_at = item_at + kPlanEntry * p.max_items;
   const auto finish = [&](int items, int merges, int partials, int status, int64_t cost, const Share& share) {
@@ -154,7 +157,6 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
         p.plan, make_int4(items, merges, partials, merge_at),
         make_int4(status, static_cast<int>(cost), kChunkSize, p.tile_q),
         make_int4(item_at, p.num_workers, static_cast<int>(share.begin_of(1)), merges > 0 ? s.merge_queries : 0));
-    reinterpret_cast<int4*>(p.plan)[3] = make_int4(merges > 0 ? s.merge_parts : 0, 0, 0, 0);
   };
 
   // How many tiles, and whether the lengths make sense.
@@ -212,7 +214,6 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
                     make_int4(static_cast<int>(parts), p.cu_seqlens_q[held.seq] + held.q_begin, 0, 0),
                     make_int4(0, 0, 0, 0));
         atomicMax(&s.merge_queries, held.q_count);
-        atomicMax(&s.merge_parts, static_cast<int>(parts));
         // Accepted tiles come before refused ones, so the last merge has the greatest end.
         if (merge + 1 == num_merges + static_cast<int>(totals & 0xffffffff)) {
           s.used = static_cast<int>(slot + parts * held.q_count);
@@ -268,6 +269,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
 
 extern "C" int foldkv_cuda_plan(const foldkv::PlanParams* params, void* stream) {
   using namespace foldkv::cuda;
-  plan_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
-  return cudaGetLastError();
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  return launch_overlapping<plan_kernel>(device, 1, kThreads, 0, static_cast<cudaStream_t>(stream), *params);
 }

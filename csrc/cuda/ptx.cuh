@@ -81,6 +81,10 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   return r;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
 // --- tensor cores: c[16x8] += a[16x16] b[16x8], fp32 sums ----------------------------------------------------------------
 //
 // Lane (g, t): a = rows g, g+8, g, g+8 of columns 2t (first two), 2t+8 (last two), two columns a register;
@@ -138,12 +142,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float reciprocal_fast(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -2,39 +2,39 @@
 #pragma once
 
 #include "cuda/attend.cuh"
+#include "cuda/overlap.cuh"
 #include "cuda/variant.h"
 
 namespace foldkv::cuda {
 
 template <class K, class V, int D, int kMaxRows>
-cudaError_t launch_attend(const AttendParams& p, int num_blocks, cudaStream_t stream) {
+cudaError_t launch_attend(const Device& device, const AttendParams& p, int num_blocks, cudaStream_t stream) {
   constexpr int kBytes = Shape<K, V, D, kMaxRows>::kSharedBytes;
-  const auto kernel = attend_kernel<K, V, D, kMaxRows>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  constexpr auto kKernel = attend_kernel<K, V, D, kMaxRows>;
+  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<num_blocks, kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_overlapping<kKernel>(device, num_blocks, kThreads, kBytes, stream, p);
 }
 
 // `rows`: query rows that sequences have on average; each kernel serves any number, and with the same bits. So where a
-// block's shared memory, `max_shared` bytes, has no room for the one that suits, the other does it.
+// block's shared memory has no room for the one that suits, the other does it.
 template <class K, class V, int D>
-cudaError_t launch_variant(const AttendParams& p, int rows, int num_blocks, int max_shared, cudaStream_t stream) {
+cudaError_t launch_variant(const Device& device, const AttendParams& p, int rows, int num_blocks, cudaStream_t stream) {
   constexpr int kMany =
       D > 128 ? 2 * kWideRows : 4 * kWideRows;  // twice the channels leave registers for half the rows
-  if (rows > kWideRows && Shape<K, V, D, kMany>::kSharedBytes <= max_shared) {
-    return launch_attend<K, V, D, kMany>(p, num_blocks, stream);
+  if (rows > kWideRows && Shape<K, V, D, kMany>::kSharedBytes <= device.max_shared) {
+    return launch_attend<K, V, D, kMany>(device, p, num_blocks, stream);
   }
-  if (Shape<K, V, D, kWideRows>::kSharedBytes <= max_shared) {
-    return launch_attend<K, V, D, kWideRows>(p, num_blocks, stream);
+  if (Shape<K, V, D, kWideRows>::kSharedBytes <= device.max_shared) {
+    return launch_attend<K, V, D, kWideRows>(device, p, num_blocks, stream);
   }
   return cudaErrorNotSupported;
 }
 
 }  // namespace foldkv::cuda
 
-#define FOLDKV_INSTANTIATE(K, V, D)                                                                                 \
-  cudaError_t foldkv::cuda::attend_##K##_##V##_##D(const AttendParams& p, int rows, int num_blocks, int max_shared, \
-                                                   cudaStream_t stream) {                                           \
-    return launch_variant<K, V, D>(p, rows, num_blocks, max_shared, stream);                                        \
+#define FOLDKV_INSTANTIATE(K, V, D)                                                                       \
+  cudaError_t foldkv::cuda::attend_##K##_##V##_##D(const Device& device, const AttendParams& p, int rows, \
+                                                   int num_blocks, cudaStream_t stream) {                 \
+    return launch_variant<K, V, D>(device, p, rows, num_blocks, stream);                                  \
   }

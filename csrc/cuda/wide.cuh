@@ -1,6 +1,7 @@
 // Tiles of 16 query rows: drafts, large groups, prefill. By 64 tokens: S = Q K^T, query rows in rows, in registers from the
 // scores to the weights; then O = P V. A warp has 16 rows, and where a pass has fewer than 64, warps share rows: each scores
-// all keys and sums its own channels. Every number is computed alike however many warps share its row.
+// its own tokens, hands their weights to the others through shared memory, and sums its own channels. Every number is computed
+// alike however many warps share its row.
 #pragma once
 
 #include "cuda/fragments.cuh"
@@ -16,6 +17,7 @@ class Wide {
   static constexpr int kSplit = kWarps / kRowTiles;  // warps that share 16 rows
   static constexpr int kOwn = (kSlices + kSplit - 1) / kSplit;  // slices of a warp: its part, part + kSplit, ...
   static constexpr int kTiles = kWideBlock / 8;  // of 8 tokens
+  static constexpr int kMine = kTiles / kSplit;  // that a warp scores
   static constexpr int kKWords = K::kBits / 4, kVWords = V::kBits / 4;
 
  public:
@@ -25,17 +27,15 @@ class Wide {
     const Current& now = current();
     State run, chunk;
     clear(run);
-    keep(run, kRun);
+    keep(run);
 #pragma unroll 1
     for (int token = now.pass.begin; token < now.pass.end;) {
       clear(chunk);
-      if constexpr (kSpare) keep(chunk, kChunk);
 #pragma unroll 1
       do {
         attend_block(token, chunk);
         token += kWideBlock;
       } while (token % kChunkSize != 0 && token < now.pass.end);
-      if constexpr (kSpare) recall(chunk, kChunk);
       finish_chunk(chunk);
       if (now.folds) {
         fold_chunk(run, chunk);
@@ -44,7 +44,7 @@ class Wide {
       }
     }
     if (!now.folds) return;
-    recall(run, kRun);
+    recall(run);
     if (now.first_partial >= 0) {
       save(now.first_partial, run);
     } else {
@@ -97,30 +97,87 @@ class Wide {
   // Adds 64 tokens from `token` on, up to the pass' end, to a chunk's state.
   __device__ __forceinline__ void attend_block(int token, State& s) {
     uint32_t weight[kTiles][2];  // two tokens each, of the two rows: A fragments
+    Sums sums = {};
     {
       const Pass& pass = current().pass;
       const bool whole = token >= pass.whole_begin && token + kWideBlock <= pass.whole_end;
       const uint32_t slot = queue_.slot(queue_.next(1), 0);
-      float x[kTiles][4];
+      float x[kMine][4];
       score(slot, x);
       if (!whole) mask(x, token);
-      if constexpr (kSpare) recall(s, kChunk);
-      weigh_tokens(slot, token, whole, x, weight, s);
-      if constexpr (kSpare) keep(s, kChunk);
+      weigh_tokens(slot, token, whole, x, reinterpret_cast<uint32_t (&)[kMine][2]>(weight), sums, s);
+      if constexpr (kSplit > 1) hand_out(reinterpret_cast<uint32_t (&)[kMine][2]>(weight), sums);
     }
-    add_values(queue_.slot(queue_.next(1), 0), weight, s);
+    const uint32_t values = queue_.slot(queue_.next(1), 0);  // a barrier, too
+    if constexpr (kSplit > 1) collect(weight, sums);
+    add_weights(weight, sums, s);
+    add_values(values, weight, s);
   }
 
-  // Logits times log2(e) of 64 tokens: x[8 tokens] as C fragments.
-  __device__ __forceinline__ void score(uint32_t slot, float (&x)[kTiles][4]) const {
-    constexpr int kUnits = S::kKRow / 16, kSpan = kRowTiles == 1 ? 1 : kKeySpan<K>;
+  // What V's scales and zeros make of this thread's weights: sum of weight / scale, and of weight * zero, of its two rows.
+  struct Sums {
+    float total[2], zeros[2];
+  };
+
+  // The first of the tiles that this warp scores.
+  __device__ __forceinline__ static int first_tile() { return kSplit == 1 ? 0 : part() * kMine; }
+
+  // Weights, and sums, of the warps that share rows: [k-step of 16 tokens][lane], and [warp][lane], 16 bytes each.
+  __device__ __forceinline__ static uint32_t weights_at() {
+    return shared_base() + S::template wide_weights<kRowTiles>() + row() / 16 * S::kWideWeightBytes +
+           thread() % 32 * 16;
+  }
+  __device__ __forceinline__ static uint32_t sums_at(int warp) {
+    return shared_base() + S::template wide_sums<kRowTiles>() + warp * 512 + thread() % 32 * 16;
+  }
+  __device__ __forceinline__ bool v_dynamic() const { return V::kInteger && p_.v_cache.format.dynamic; }
+
+  __device__ __forceinline__ void hand_out(const uint32_t (&weight)[kMine][2], const Sums& sums) const {
+#pragma unroll
+    for (int n = 0; n < kMine; n += 2) {
+      const uint32_t (&a)[4] = a_fragment(weight, n);
+      store_shared(weights_at() + (first_tile() + n) * 256, a[0], a[1], a[2], a[3]);
+    }
+    if (v_dynamic()) {
+      store_shared(sums_at(thread() / 32), __float_as_uint(sums.total[0]), __float_as_uint(sums.total[1]),
+                   __float_as_uint(sums.zeros[0]), __float_as_uint(sums.zeros[1]));
+    }
+  }
+
+  __device__ __forceinline__ void collect(uint32_t (&weight)[kTiles][2], Sums& sums) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      const uint4 a = load_shared(weights_at() + n * 256);
+      weight[n][0] = a.x, weight[n][1] = a.y, weight[n + 1][0] = a.z, weight[n + 1][1] = a.w;
+    }
+    if (!v_dynamic()) return;
+    Sums of[kSplit];
+#pragma unroll
+    for (int i = 0; i < kSplit; ++i) {
+      const uint4 a = load_shared(sums_at(thread() / 32 / kSplit * kSplit + i));
+      of[i] = {{__uint_as_float(a.x), __uint_as_float(a.y)}, {__uint_as_float(a.z), __uint_as_float(a.w)}};
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sums.total[h] = of[0].total[h] + of[1].total[h];
+      sums.zeros[h] = of[0].zeros[h] + of[1].zeros[h];
+      if constexpr (kSplit == 4) {
+        sums.total[h] += of[2].total[h] + of[3].total[h];
+        sums.zeros[h] += of[2].zeros[h] + of[3].zeros[h];
+      }
+    }
+  }
+
+  // Logits times log2(e) of this warp's tokens: x[8 tokens] as C fragments.
+  __device__ __forceinline__ void score(uint32_t slot, float (&x)[kMine][4]) const {
+    constexpr int kUnits = S::kKRow / 16, kSpan = kKeySpan<K>;
     constexpr bool kByTokens = kSpan * kKWords > 1;
     {
       const int r = row();
       const float start[2] = {K::kInteger ? Rows::correction()[r] : 0.0f,
                               K::kInteger ? Rows::correction()[r + 8] : 0.0f};
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kMine; ++n) {
         x[n][0] = x[n][1] = start[0];
         x[n][2] = x[n][3] = start[1];
       }
@@ -128,7 +185,7 @@ class Wide {
 #pragma unroll
     for (int slice = 0; slice < kSlices; slice += kSpan) {
       const int lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane);
-      const uint32_t keys = slot + key_row * S::kKRow;
+      const uint32_t keys = slot + (8 * first_tile() + key_row) * S::kKRow;
       const int swizzle = Swizzle<kUnits>::of(key_row), high = KeyLane<kByTokens>::high(lane);
       uint32_t q[kSpan][2][4];
 #pragma unroll
@@ -140,7 +197,7 @@ class Wide {
         }
       }
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
+      for (int n = 0; n < kMine; n += 2) {
         uint32_t word[kSpan][kKWords][2];
         load_keys<S, K, kByTokens, kSpan>(word, slice, keys + 8 * n * S::kKRow, swizzle, high);
 #pragma unroll
@@ -161,8 +218,8 @@ class Wide {
         const int r = row();
         const float sum[2] = {Rows::sum()[r], Rows::sum()[r + 8]};
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const uint2 raw = load_scales(format, slot + S::kKMeta, 8 * n + column());
+        for (int n = 0; n < kMine; ++n) {
+          const uint2 raw = load_scales(format, slot + S::kKMeta, 8 * (first_tile() + n) + column());
           const Scale k[2] = {unpack_scale<K>(raw.x, format.stored_zero), unpack_scale<K>(raw.y, format.stored_zero)};
 #pragma unroll
           for (int c = 0; c < 4; ++c) x[n][c] = fmaf(-k[c % 2].zero, sum[c / 2], x[n][c]) * k[c % 2].scale;
@@ -173,26 +230,26 @@ class Wide {
     const float factor[2] = {Rows::factor()[r], Rows::factor()[r + 8]},
                 base[2] = {Rows::base()[r], Rows::base()[r + 8]};
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < kMine; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) x[n][c] = fmaf(x[n][c], factor[c / 2], base[c / 2]);
     }
     if (p_.softcap > 0.0f) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kMine; ++n) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) x[n][c] = soft_cap(x[n][c], p_.softcap);
       }
     }
   }
 
-  __device__ __forceinline__ void mask(float (&x)[kTiles][4], int token) const {
+  __device__ __forceinline__ void mask(float (&x)[kMine][4], int token) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int r = row() + 8 * h, first = token + column();
+      const int r = row() + 8 * h, first = token + 8 * first_tile() + column();
       const int begin = Rows::key_begin()[r] - first, end = Rows::key_end()[r] - first;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kMine; ++n) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int key = 8 * n + j;
@@ -202,12 +259,13 @@ class Wide {
     }
   }
 
-  // Raw scales of V of two tokens from 8 n + 2 t on; 0 for tokens that no query sees, whose bytes are anybody's.
+  // Raw scales of V of two tokens from 8 n + 2 t on, n counted from this warp's first tile; 0 for tokens that no query sees, whose bytes are anybody's.
   __device__ __forceinline__ uint2 v_scales(uint32_t slot, int token, bool whole, int n) const {
-    uint2 raw = load_scales(p_.v_cache.format, slot + S::kVMeta, 8 * n + column());
+    const int at = 8 * (first_tile() + n) + column();
+    uint2 raw = load_scales(p_.v_cache.format, slot + S::kVMeta, at);
     if (!whole) {
       const Pass& pass = current().pass;
-      const int key = token + 8 * n + column();
+      const int key = token + at;
       if (key < pass.low || key >= pass.high) raw.x = 0;
       if (key + 1 < pass.low || key + 1 >= pass.high) raw.y = 0;
     }
@@ -215,32 +273,41 @@ class Wide {
   }
 
   // Logits become weights; what is there of the chunk is scaled to the new maximum, once it has grown.
-  __device__ __forceinline__ void weigh_tokens(uint32_t slot, int token, bool whole, const float (&x)[kTiles][4],
-                                               uint32_t (&weight)[kTiles][2], State& s) const {
-    const bool v_dynamic = V::kInteger && p_.v_cache.format.dynamic;
+  __device__ __forceinline__ void weigh_tokens(uint32_t slot, int token, bool whole, const float (&x)[kMine][4],
+                                               uint32_t (&weight)[kMine][2], Sums& sums, State& s) const {
     float highest[2] = {-INFINITY, -INFINITY};
-    if (!v_dynamic) {
+    if (!v_dynamic()) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kMine; ++n) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) highest[c / 2] = fmaxf(highest[c / 2], x[n][c]);
       }
     } else {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kMine; ++n) {
         const uint2 raw = v_scales(slot, token, whole, n);
         const float lift[2] = {scale_exponent(raw.x), scale_exponent(raw.y)};
 #pragma unroll
         for (int c = 0; c < 4; ++c) highest[c / 2] = fmaxf(highest[c / 2], x[n][c] + lift[c % 2]);
       }
     }
-    int max[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       highest[h] = fmaxf(highest[h], __shfl_xor_sync(kFullWarp, highest[h], 1));
       highest[h] = fmaxf(highest[h], __shfl_xor_sync(kFullWarp, highest[h], 2));
-      max[h] = round_max(highest[h], s.max[h]);
     }
+    if constexpr (kSplit > 1) {
+      float* const all = Rows::warp_max();  // [kWarps][16 rows]
+      const int warp = thread() / 32, at = thread() % 32 / 4;
+      if (column() == 0) all[warp * kWideRows + at] = highest[0], all[warp * kWideRows + at + 8] = highest[1];
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kSplit; ++i) {
+        const float* const of = all + (warp / kSplit * kSplit + i) * kWideRows + at;
+        highest[0] = fmaxf(highest[0], of[0]), highest[1] = fmaxf(highest[1], of[8]);
+      }
+    }
+    const int max[2] = {round_max(highest[0], s.max[0]), round_max(highest[1], s.max[1])};
     if (__any_sync(kFullWarp, max[0] != s.max[0] || max[1] != s.max[1])) {
       const float scale[2] = {exp2_integer(s.max[0] - max[0]), exp2_integer(s.max[1] - max[1])};
 #pragma unroll
@@ -253,26 +320,22 @@ class Wide {
     }
     const float offset[2] = {max[0] == kEmpty ? 0.0f : static_cast<float>(max[0]) - V::Math::kBoost,
                              max[1] == kEmpty ? 0.0f : static_cast<float>(max[1]) - V::Math::kBoost};
-    if (!v_dynamic) {
+    if (!v_dynamic()) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kMine; ++n) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           weight[n][h] = V::Math::pack(exp2_fast(x[n][2 * h] - offset[h]), exp2_fast(x[n][2 * h + 1] - offset[h]));
         }
       }
-      // The sum of the weights as they are rounded, so that they remain weights of a mean.
-      float sums[4] = {};
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) V::Math::mma(sums, a_fragment(weight, n), V::Math::kOnes, V::Math::kOnes);
-      s.total[0] += sums[0], s.total[1] += sums[2];
       return;
     }
     if constexpr (V::kInteger) {
       const bool stored_zero = p_.v_cache.format.stored_zero;
-      float sums[4] = {}, totals[2] = {};
+      Sums of[kMine / 2] = {};  // of 16 tokens each, added in pairs, so that it is all one how many a warp has
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
+      for (int n = 0; n < kMine; n += 2) {
+        float (&totals)[2] = of[n / 2].total;
         uint32_t zeros[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -290,19 +353,45 @@ class Wide {
             totals[h] = fmaf(rounded.y, reciprocal_fast(fmaxf(b, 0x1p-126f)), totals[h]);
           }
         }
-        V::Math::mma(sums, a_fragment(weight, n), zeros[0], zeros[1]);
+        float product[4] = {};
+        V::Math::mma(product, a_fragment(weight, n), zeros[0], zeros[1]);
+        of[n / 2].zeros[0] = product[0], of[n / 2].zeros[1] = product[2];
       }
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        totals[h] += __shfl_xor_sync(kFullWarp, totals[h], 1);
-        s.total[h] += totals[h] + __shfl_xor_sync(kFullWarp, totals[h], 2);
-        s.zeros[h] += sums[2 * h];
+      for (int step = 1; step < kMine / 2; step *= 2) {
+#pragma unroll
+        for (int i = 0; i < kMine / 2; i += 2 * step) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            of[i].total[h] += of[i + step].total[h];
+            of[i].zeros[h] += of[i + step].zeros[h];
+          }
+        }
       }
+      sums = of[0];
+    }
+  }
+
+  // Adds the weights' sum to the state's total: as they are rounded, so that they remain weights of a mean.
+  __device__ __forceinline__ void add_weights(const uint32_t (&weight)[kTiles][2], const Sums& sums, State& s) const {
+    if (!v_dynamic()) {
+      float product[4] = {};
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) V::Math::mma(product, a_fragment(weight, n), V::Math::kOnes, V::Math::kOnes);
+      s.total[0] += product[0], s.total[1] += product[2];
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float pair = sums.total[h] + __shfl_xor_sync(kFullWarp, sums.total[h], 1);
+      s.total[h] += pair + __shfl_xor_sync(kFullWarp, pair, 2);
+      s.zeros[h] += sums.zeros[h];
     }
   }
 
   // Weights of 16 tokens from tile n on.
-  __device__ __forceinline__ static const uint32_t (&a_fragment(const uint32_t (&weight)[kTiles][2], int n))[4] {
+  template <int kCount>
+  __device__ __forceinline__ static const uint32_t (&a_fragment(const uint32_t (&weight)[kCount][2], int n))[4] {
     return reinterpret_cast<const uint32_t (&)[4]>(weight[n]);
   }
 
@@ -341,34 +430,30 @@ class Wide {
     }
   }
 
-  // Maxima and totals wait in shared memory, each warp's its own, [kWarps][16 rows]: of a run of chunks for the next chunk;
-  // where registers are scarce, those of a chunk for the next block.
-  static constexpr bool kSpare = S::kDecode;
-  static constexpr int kChunk = 0, kRun = 4 * kWarps;
-  __device__ __forceinline__ static float2* kept(int which) {
+  // Maxima and totals of a run of chunks wait in shared memory for the next chunk, each warp's its own, [kWarps][16 rows].
+  __device__ __forceinline__ static float2* kept() {
     static_assert(kWarps * kWideRows * 8 == 4 * kWarps * kNarrowRows * 4, "room for them");
-    float2* all = which == kRun ? Rows::template narrow<float2, kRun>() : Rows::template narrow<float2, kChunk>();
-    return all + thread() / 32 * kWideRows + thread() % 32 / 4;
+    return Rows::template narrow<float2, 4 * kWarps>() + thread() / 32 * kWideRows + thread() % 32 / 4;
   }
-  __device__ __forceinline__ static void keep(const State& s, int which) {
+  __device__ __forceinline__ static void keep(const State& s) {
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (column() == 0) kept(which)[8 * h] = make_float2(__int_as_float(s.max[h]), s.total[h]);
+      if (column() == 0) kept()[8 * h] = make_float2(__int_as_float(s.max[h]), s.total[h]);
     }
     __syncwarp();
   }
-  __device__ __forceinline__ static void recall(State& s, int which) {
+  __device__ __forceinline__ static void recall(State& s) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float2 state = kept(which)[8 * h];
+      const float2 state = kept()[8 * h];
       s.max[h] = __float_as_int(state.x);
       s.total[h] = state.y;
     }
   }
 
   __device__ __forceinline__ static void fold_chunk(State& run, const State& chunk) {
-    recall(run, kRun);
+    recall(run);
     const Rescale r[2] = {rescale(run.max[0], chunk.max[0]), rescale(run.max[1], chunk.max[1])};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -378,7 +463,7 @@ class Wide {
     for_fragments([&](int own, int tile, int c) {
       run.out[own][tile][c] = fold(run.out[own][tile][c], chunk.out[own][tile][c], r[c / 2]);
     });
-    keep(run, kRun);
+    keep(run);
   }
 
   // Calls fn(channel, number) for the numbers of row row() + 8 h.

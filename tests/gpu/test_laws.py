@@ -146,9 +146,9 @@ def test_groups_of_chunks_give_the_same_bits_however_they_are_cut(mode: str, win
     for workers in (2, 3, 5, 9, 20, 33, 80):
         plan = batch.plan(window, num_workers=workers, **room)
         assert is_split(plan)
-        parts.add(int(plan.buffer[12]))
+        parts.add(int(plan.buffer[2]))
         assert same_bits(batch.attend(plan, **options), want), workers
-    assert not ON_GPU or (min(parts) < 6 and max(parts) > 12)  # of a query: about one a group, and one a chunk
+    assert not ON_GPU or 2 * min(parts) < max(parts)  # about one a group, and one a chunk
     tight = batch.plan(window, num_workers=20, **room | {"total_tokens": 1, "max_q_tokens": 4, "max_batch": 3})
     assert same_bits(batch.attend(tight, **options), want)
 
