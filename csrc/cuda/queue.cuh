@@ -10,7 +10,7 @@
 namespace foldkv::cuda {
 
 // Where the stream stands: a run of slots of K, or of V, and the block, pass and item it belongs to. Each warp keeps its own
-// in shared memory: registers are scarce, and it is needed once a slot.
+// in shared memory, as registers are scarce; what is needed once a slot is in registers where there are some.
 struct alignas(16) Cursor {
   int token;                  // first of the next slot
   int left;                   // slots left of the run; kValues more where they are of V; 0 at the end
@@ -43,12 +43,11 @@ class Queue {
       c.item = item;
       c.items = items;
       c.first_row = -S::kMaxRows;
-      c.freed = 1;
-      c.read = 0;
       next_pass(c);
     }
-    __syncwarp();
-    if (cursor().left != 0) fetch_pages(cursor().table, cursor().token, cursor().low, cursor().stop);
+    set_turn(1, 0);
+    recall();
+    if (run().y != 0) fetch_pages(run());
 #pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) issue(i);
   }
@@ -56,8 +55,8 @@ class Queue {
   // The next `count` slots, 1 .. kTogether, filled: the first one's index. Also a barrier for the block. The slots handed out
   // before are free again.
   __device__ __forceinline__ int next(int count) {
-    const int2 state = *reinterpret_cast<const int2*>(&cursor().freed);
-    const int freed = S::kTogether == 1 ? 1 : state.x, first = state.y;
+    const int2 now = turn();
+    const int freed = S::kTogether == 1 ? 1 : now.x, first = now.y;
     // On their way or here: all slots but the freed ones; the oldest `count` must be here.
     const int others = freed + count;
     if (S::kTogether == 1 || others == 2) {
@@ -75,8 +74,7 @@ class Queue {
       write = write + 1 == S::kStages ? 0 : write + 1;
     }
     const int read = first + count < S::kStages ? first + count : first + count - S::kStages;
-    if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().freed) = make_int2(count, read);
-    __syncwarp();
+    set_turn(count, read);
     return first;
   }
 
@@ -91,9 +89,41 @@ class Queue {
     return reinterpret_cast<Cursor*>(shared_memory + S::kCursorAt)[threadIdx.x / 32];
   }
 
+  // The run: token, left, low, stop of the cursor. The turn: freed and read.
+  static constexpr bool kSpare = !S::kDecode;
+  __device__ __forceinline__ int4 run() const {
+    return kSpare ? *reinterpret_cast<const int4*>(&cursor().token) : run_;
+  }
+  __device__ __forceinline__ int2 turn() const {
+    return kSpare ? *reinterpret_cast<const int2*>(&cursor().freed) : turn_;
+  }
+  __device__ __forceinline__ void set_turn(int freed, int read) {
+    if constexpr (kSpare) {
+      if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().freed) = make_int2(freed, read);
+      __syncwarp();
+    } else {
+      turn_ = make_int2(freed, read);
+    }
+  }
+  __device__ __forceinline__ void set_token(int token, int left) {
+    if constexpr (kSpare) {
+      __syncwarp();  // all have read what is now written anew
+      if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().token) = make_int2(token, left);
+      __syncwarp();
+    } else {
+      run_.x = token, run_.y = left;
+    }
+  }
+  // The cursor has moved to another run.
+  __device__ __forceinline__ void recall() {
+    __syncwarp();
+    if constexpr (!kSpare) run_ = *reinterpret_cast<const int4*>(&cursor().token);
+  }
+
   __device__ __forceinline__ void issue(int write) {
-    const int4 now = *reinterpret_cast<const int4*>(&cursor().token);
-    int token = now.x, left = now.y, low = now.z, stop = now.w;
+    const int4 now = run();
+    const int token = now.x, low = now.z, stop = now.w;
+    int left = now.y;
     if (left != 0) {
       const uint32_t slot = shared_base() + write * S::kSlotBytes;
       const bool values = left > kValues;
@@ -106,20 +136,15 @@ class Queue {
       if constexpr (K::kInteger || V::kInteger) {
         if (!values && (p_.k_cache.format.dynamic || p_.v_cache.format.dynamic)) copy_scales(slot, token, low, stop);
       }
-      token += S::kStageTokens;
       --left;
-      const int32_t* table = cursor().table;
-      __syncwarp();  // all have read what is now written anew
       if (left % kValues != 0) {
-        if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().token) = make_int2(token, left);
+        set_token(token + S::kStageTokens, left);
       } else {
+        __syncwarp();  // all have read what is now written anew
         if (threadIdx.x % 32 == 0) next_run(cursor(), values);
-        __syncwarp();
-        const int4 then = *reinterpret_cast<const int4*>(&cursor().token);
-        token = then.x, left = then.y, low = then.z, stop = then.w, table = cursor().table;
+        recall();
       }
-      __syncwarp();
-      if (left != 0) fetch_pages(table, token, low, stop);
+      if (run().y != 0) fetch_pages(run());
     }
     copy_commit();
   }
@@ -130,9 +155,9 @@ class Queue {
   // Page ids of the next slot: lane l has that of the 16 tokens from 16 l on. They come a slot ahead of their use. A table
   // that names no page of the pool gives wrong numbers, not a fault.
   static constexpr int kGroups = S::kStageTokens / 16;
-  __device__ __forceinline__ void fetch_pages(const int32_t* table, int token, int low, int stop) {
-    const int at = min(max(token + 16 * (opaque(threadIdx.x) % kGroups), low), stop - 1);
-    pages_ = min(static_cast<uint32_t>(__ldg(table + (at >> page_shift()))), p_.max_page);
+  __device__ __forceinline__ void fetch_pages(const int4& run) {
+    const int at = min(max(run.x + static_cast<int>(16 * (opaque(threadIdx.x) % kGroups)), run.z), run.w - 1);
+    pages_ = min(static_cast<uint32_t>(__ldg(cursor().table + (at >> page_shift()))), p_.max_page);
   }
   __device__ uint32_t page_of(int row) const { return __shfl_sync(0xffffffffu, pages_, row / 16); }
 
@@ -243,6 +268,8 @@ class Queue {
 
   const AttendParams& p_;
   uint32_t pages_;
+  int4 run_;
+  int2 turn_;
 };
 
 }  // namespace foldkv::cuda
