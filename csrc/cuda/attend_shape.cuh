@@ -121,7 +121,7 @@ struct Shape {
   static_assert(kSharedBytes <= 227 << 10, "shared memory of a block");
 };
 
-// What is known of each query row of a pass, arrays [kRows] in shared memory at kAt; and the state of a narrow tile.
+// What is known of each query row of a pass, arrays [kRows] in shared memory at kAt; and what warps tell each other.
 template <int kAt, int kRows>
 struct RowInfo {
   template <class T, int kIndex>
@@ -148,11 +148,8 @@ struct RowInfo {
   // [kWarps][kNarrowRows]: a warp's largest logit; its weights, and what the codes' zeros take off
   __device__ static float* warp_max() { return narrow<float, 0>(); }
   __device__ static float2* warp_sum() { return narrow<float2, kWarps>(); }
-  // [kWarps][kNarrowRows], each warp its own, all alike: the softmax state of a chunk, and of a run of chunks
-  __device__ static int* chunk_max() { return narrow<int, 3 * kWarps>(); }
-  __device__ static float* chunk_total() { return narrow<float, 4 * kWarps>(); }
-  __device__ static int* run_max() { return narrow<int, 6 * kWarps>(); }
-  __device__ static float* run_total() { return narrow<float, 7 * kWarps>(); }
+  // [kWarps][kWideRows]: maximum and total of a run of chunks, each warp's own
+  __device__ static float2* run_state() { return narrow<float2, 4 * kWarps>(); }
   static constexpr int kBytes = (9 * kRows + 8 * kWarps * kNarrowRows) * 4;
 };
 

@@ -29,7 +29,7 @@ class Narrow {
 
   __device__ __forceinline__ void run() {
     const Current& now = current();
-    Outputs out, run;
+    State chunk, run;
     int token = now.pass.begin;
     bool last = token >= now.pass.end;
     begin_run(run);
@@ -40,9 +40,8 @@ class Narrow {
       bool goes_on;
 #pragma unroll 1
       do {
-        for_fragments([&](int own, int tile, int c) { out[own][tile][c] = 0.0f; });
-        attend_chunk(token, out);
-        fold_chunk(run, out);
+        attend_chunk(token, chunk);
+        fold_chunk(run, chunk);
         token += kNarrowBlock;
         const int next = token / kChunkSize, shift = now.group_shift, group = (next - 1) >> shift;
         goes_on = token < now.pass.end && next >> shift == group && (now.folds || group != now.chunk_begin >> shift);
@@ -54,8 +53,13 @@ class Narrow {
   }
 
  private:
-  // Outputs: [slice][tile of 16 channels][fragment].
+  // The softmax state of this thread's two columns, alike in all warps, and its outputs: [slice][tile of 16 channels][fragment].
   using Outputs = float[kOwn][2][4];
+  struct State {
+    int2 max;
+    float2 total;
+    Outputs out;
+  };
 
   __device__ __forceinline__ static const Current& current() { return Queries<S, K, D>::current(); }
 
@@ -72,7 +76,7 @@ class Narrow {
   }
 
   // A group's chunks up to `chunk`, or one chunk of it, are done.
-  __device__ __forceinline__ void close_run(int chunk, bool last, Outputs& run) const {
+  __device__ __forceinline__ void close_run(int chunk, bool last, State& run) const {
     const Current& now = current();
     const bool first_group = chunk >> now.group_shift == now.chunk_begin >> now.group_shift;
     if (now.first_partial >= 0) {
@@ -86,10 +90,10 @@ class Narrow {
     begin_run(run);
   }
 
-  __device__ __forceinline__ void begin_run(Outputs& run) const {
-    set_mine(Rows::run_max(), make_int2(kEmpty, kEmpty));
-    set_mine(Rows::run_total(), make_float2(0.0f, 0.0f));
-    for_fragments([&](int own, int tile, int c) { run[own][tile][c] = 0.0f; });
+  __device__ __forceinline__ static void begin_run(State& run) {
+    run.max = make_int2(kEmpty, kEmpty);
+    run.total = make_float2(0.0f, 0.0f);
+    for_fragments([&](int own, int tile, int c) { run.out[own][tile][c] = 0.0f; });
   }
 
   // --- scores --------------------------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ class Narrow {
   // --- one chunk -------------------------------------------------------------------------------------------------------
 
   // The state of the tokens from `token` on, up to the pass' end.
-  __device__ __forceinline__ void attend_chunk(int token, Outputs& out) {
+  __device__ __forceinline__ void attend_chunk(int token, State& chunk) {
     const bool v_dynamic = V::kInteger && p_.v_cache.format.dynamic;
     float x[kTiles][4];
     uint32_t v_raw[kTiles][2];  // scale and zero of V, of this thread's tokens
@@ -191,13 +195,14 @@ class Narrow {
     }
     share_max(x, v_raw, v_dynamic);
     __syncthreads();
-    weights(x, v_raw, v_dynamic, num_stages * kStageTiles);
+    begin_run(chunk);
+    chunk.max = weights(x, v_raw, v_dynamic, num_stages * kStageTiles);
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the weights: a C fragment, all rows alike
-    weigh(num_stages, out, sums);
-    float2 total = make_float2(sums[0], sums[1]), zeros = make_float2(0.0f, 0.0f);
-    if (v_dynamic) gather_sums(total, zeros);
-    set_mine(Rows::chunk_total(), total);
-    to_units(out, zeros);
+    weigh(num_stages, chunk.out, sums);
+    chunk.total = make_float2(sums[0], sums[1]);
+    float2 zeros = make_float2(0.0f, 0.0f);
+    if (v_dynamic) gather_sums(chunk.total, zeros);
+    to_units(chunk.out, zeros);
   }
 
   // Raw scales of V of tokens key + g and key + g + 8; 0 for tokens that no query sees, whose bytes are anybody's.
@@ -248,8 +253,8 @@ class Narrow {
     if (g_ == 0) set_pair(Rows::warp_max() + warp_ * kNarrowRows, make_float2(highest[0], highest[1]));
   }
 
-  // The weights go to shared memory.
-  __device__ __forceinline__ void weights(const float (&x)[kTiles][4], const uint32_t (&v_raw)[kTiles][2],
+  // The weights go to shared memory. Returns the maxima that they stand on.
+  __device__ __forceinline__ int2 weights(const float (&x)[kTiles][4], const uint32_t (&v_raw)[kTiles][2],
                                           bool v_dynamic, int num_tiles) const {
     float2 highest = pair(Rows::warp_max());
 #pragma unroll
@@ -259,7 +264,6 @@ class Narrow {
       highest.y = fmaxf(highest.y, other.y);
     }
     const int2 max = make_int2(round_max(highest.x, kEmpty), round_max(highest.y, kEmpty));
-    set_mine(Rows::chunk_max(), max);
     const float offset[2] = {max.x == kEmpty ? 0.0f : static_cast<float>(max.x) - V::Math::kBoost,
                              max.y == kEmpty ? 0.0f : static_cast<float>(max.y) - V::Math::kBoost};
     const unsigned thread = opaque(threadIdx.x);
@@ -277,7 +281,7 @@ class Narrow {
           store(at, h, V::Math::pack(exp2_fast(x[at][2 * h] - offset[0]), exp2_fast(x[at][2 * h + 1] - offset[1])));
         }
       }
-      return;
+      return max;
     }
     if constexpr (V::kInteger) {
       float total[2] = {0.0f, 0.0f}, taken[2] = {0.0f, 0.0f};
@@ -310,6 +314,7 @@ class Narrow {
         if (g_ == 0) Rows::warp_sum()[warp_ * kNarrowRows + 2 * t_ + j] = make_float2(total[j], taken[j]);
       }
     }
+    return max;
   }
 
   // Sums of weights, and of weights times zeros, over the warps.
@@ -325,22 +330,12 @@ class Narrow {
     }
   }
 
-  // Numbers of this thread's two columns; in arrays of all warps, and in this warp's part of [kWarps][kNarrowRows].
+  // Numbers of this thread's two columns.
   __device__ __forceinline__ float2 pair(const float* numbers) const {
     return *reinterpret_cast<const float2*>(numbers + 2 * t_);
   }
   __device__ __forceinline__ void set_pair(float* numbers, float2 x) const {
     *reinterpret_cast<float2*>(numbers + 2 * t_) = x;
-  }
-  __device__ __forceinline__ float2 mine(const float* numbers) const { return pair(numbers + warp_ * kNarrowRows); }
-  __device__ __forceinline__ int2 mine(const int* numbers) const {
-    return *reinterpret_cast<const int2*>(numbers + warp_ * kNarrowRows + 2 * t_);
-  }
-  template <class T, class T2>
-  __device__ __forceinline__ void set_mine(T* numbers, T2 x) const {
-    __syncwarp();
-    if (g_ == 0) *reinterpret_cast<T2*>(numbers + warp_ * kNarrowRows + 2 * t_) = x;
-    __syncwarp();
   }
 
   // --- values ----------------------------------------------------------------------------------------------------------
@@ -402,14 +397,13 @@ class Narrow {
     }
   }
 
-  __device__ __forceinline__ void fold_chunk(Outputs& run, const Outputs& out) const {
-    const int2 run_max = mine(Rows::run_max()), chunk_max = mine(Rows::chunk_max());
-    const float2 total = mine(Rows::run_total()), more = mine(Rows::chunk_total());
-    const Rescale r[2] = {rescale(run_max.x, chunk_max.x), rescale(run_max.y, chunk_max.y)};
-    set_mine(Rows::run_max(), make_int2(r[0].max, r[1].max));
-    set_mine(Rows::run_total(), make_float2(fold(total.x, more.x, r[0]), fold(total.y, more.y, r[1])));
-    for_fragments(
-        [&](int own, int tile, int c) { run[own][tile][c] = fold(run[own][tile][c], out[own][tile][c], r[c % 2]); });
+  __device__ __forceinline__ static void fold_chunk(State& run, const State& chunk) {
+    const Rescale r[2] = {rescale(run.max.x, chunk.max.x), rescale(run.max.y, chunk.max.y)};
+    run.max = make_int2(r[0].max, r[1].max);
+    run.total = make_float2(fold(run.total.x, chunk.total.x, r[0]), fold(run.total.y, chunk.total.y, r[1]));
+    for_fragments([&](int own, int tile, int c) {
+      run.out[own][tile][c] = fold(run.out[own][tile][c], chunk.out[own][tile][c], r[c % 2]);
+    });
   }
 
   // What a thread has of the fold over groups, in the workspace: two rows' states, and outputs.
@@ -419,29 +413,24 @@ class Narrow {
   }
 
   // run becomes the fold of the groups before, and it.
-  __device__ __forceinline__ void recall(Outputs& run) const {
+  __device__ __forceinline__ void recall(State& run) const {
     const float* from = kept();
-    const int2 run_max = mine(Rows::run_max());
-    const float2 total = mine(Rows::run_total());
-    const Rescale r[2] = {rescale(__float_as_int(from[0]), run_max.x),
-                          rescale(__float_as_int(from[kThreads]), run_max.y)};
-    set_mine(Rows::run_max(), make_int2(r[0].max, r[1].max));
-    set_mine(Rows::run_total(),
-             make_float2(fold(from[2 * kThreads], total.x, r[0]), fold(from[3 * kThreads], total.y, r[1])));
+    State before;
+    before.max = make_int2(__float_as_int(from[0]), __float_as_int(from[kThreads]));
+    before.total = make_float2(from[2 * kThreads], from[3 * kThreads]);
     from += 4 * kThreads;
-    for_fragments([&](int own, int tile, int c) {
-      run[own][tile][c] = fold(from[((own * 2 + tile) * 4 + c) * kThreads], run[own][tile][c], r[c % 2]);
-    });
+    for_fragments(
+        [&](int own, int tile, int c) { before.out[own][tile][c] = from[((own * 2 + tile) * 4 + c) * kThreads]; });
+    fold_chunk(before, run);
+    run = before;
   }
 
-  __device__ __forceinline__ void keep(const Outputs& run) const {
-    const int2 run_max = mine(Rows::run_max());
-    const float2 total = mine(Rows::run_total());
+  __device__ __forceinline__ void keep(const State& run) const {
     float* to = kept();
-    to[0] = __int_as_float(run_max.x), to[kThreads] = __int_as_float(run_max.y);
-    to[2 * kThreads] = total.x, to[3 * kThreads] = total.y;
+    to[0] = __int_as_float(run.max.x), to[kThreads] = __int_as_float(run.max.y);
+    to[2 * kThreads] = run.total.x, to[3 * kThreads] = run.total.y;
     to += 4 * kThreads;
-    for_fragments([&](int own, int tile, int c) { to[((own * 2 + tile) * 4 + c) * kThreads] = run[own][tile][c]; });
+    for_fragments([&](int own, int tile, int c) { to[((own * 2 + tile) * 4 + c) * kThreads] = run.out[own][tile][c]; });
   }
 
   // Calls fn(channel, number) for the numbers of this thread's column j.
@@ -462,7 +451,7 @@ class Narrow {
     }
   }
 
-  __device__ __forceinline__ void save(int64_t partial, const Outputs& run, bool starts_group) const {
+  __device__ __forceinline__ void save(int64_t partial, const State& run, bool starts_group) const {
     const int rows = current().rows;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -470,24 +459,30 @@ class Narrow {
       if (r >= rows) continue;
       const PartialAt to = partial_at(p_, partial + Rows::token()[r], Rows::head()[r], D);
       if (warp_ == 0 && g_ == 0) {
-        *to.state = pack_state(Rows::run_max()[r], Rows::run_total()[r] + Rows::bad()[r], starts_group);
+        *to.state = pack_state(j == 0 ? run.max.x : run.max.y, (j == 0 ? run.total.x : run.total.y) + Rows::bad()[r],
+                               starts_group);
       }
-      for_channels(run, j, [&](int channel, float x) { to.out[channel] = x; });
+      for_channels(run.out, j, [&](int channel, float x) { to.out[channel] = x; });
     }
   }
 
-  __device__ __forceinline__ void write_rows(const Outputs& out) const {
+  __device__ __forceinline__ void write_rows(const State& run) const {
     const int rows = current().rows, q_row = current().q_row;
     __syncthreads();  // queries and weights make room
     float* sums = reinterpret_cast<float*>(shared_memory + S::kOutAt);
+    float2* states = Rows::warp_sum();
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      for_channels(out, j, [&](int channel, float x) { sums[(2 * t_ + j) * D + channel] = x; });
+      for_channels(run.out, j, [&](int channel, float x) { sums[(2 * t_ + j) * D + channel] = x; });
+    }
+    if (warp_ == 0 && g_ == 0) {
+      states[2 * t_] = make_float2(__int_as_float(run.max.x), run.total.x);
+      states[2 * t_ + 1] = make_float2(__int_as_float(run.max.y), run.total.y);
     }
     __syncthreads();
 #pragma unroll 1
     for (int r = warp_; r < rows; r += kWarps) {
-      finish_staged<S, V, D>(p_, q_row, sums + r * D, r, Rows::run_max()[r], Rows::run_total()[r], lane_);
+      finish_staged<S, V, D>(p_, q_row, sums + r * D, r, __float_as_int(states[r].x), states[r].y, lane_);
     }
   }
 

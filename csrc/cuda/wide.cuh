@@ -432,8 +432,7 @@ class Wide {
 
   // Maxima and totals of a run of chunks wait in shared memory for the next chunk, each warp's its own, [kWarps][16 rows].
   __device__ __forceinline__ static float2* kept() {
-    static_assert(kWarps * kWideRows * 8 == 4 * kWarps * kNarrowRows * 4, "room for them");
-    return Rows::template narrow<float2, 4 * kWarps>() + thread() / 32 * kWideRows + thread() % 32 / 4;
+    return Rows::run_state() + thread() / 32 * kWideRows + thread() % 32 / 4;
   }
   __device__ __forceinline__ static void keep(const State& s) {
     __syncwarp();
