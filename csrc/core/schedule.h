@@ -94,6 +94,20 @@ struct Share {
   FOLDKV_HD int begin_of(int worker) const {
     return den == 1 ? worker * num : divide(int64_t{worker} * num + den - 1, den);
   }
+  // begin_of one worker after another, without a division for each.
+  struct Begin {
+    int at, rest, step, step_rest, den;
+    FOLDKV_HD Begin(const Share& share, int worker)
+        : at(share.begin_of(worker)),
+          rest(static_cast<int>(int64_t{worker} * share.num + share.den - 1 - int64_t{at} * share.den)),
+          step(share.num / share.den),
+          step_rest(share.num - step * share.den),
+          den(share.den) {}
+    FOLDKV_HD void advance() {
+      at += step, rest += step_rest;
+      if (rest >= den) ++at, rest -= den;
+    }
+  };
 
  private:
   // Fast on a GPU where the first number is short.
@@ -142,14 +156,17 @@ struct TileCuts {
   FOLDKV_HD int parts_before(const Share& share, int group, int i, int end) const {
     if (end <= first) return 0;
     if (group == 0) return end <= cut ? 1 : 1 + end - cut;
-    int parts = ceil_div(end, kGroupChunks) - first / kGroupChunks, before = -1;
+    int parts = ceil_div(end, kGroupChunks) - first / kGroupChunks, before = -1, chunk = cut;
+    Share::Begin next(share, cut_worker + 1);
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
     for (int at = 0; at < i; ++at) {
-      const int chunk = cut_chunk(share, at), begin = chunk & -kGroupChunks, stop = begin + kGroupChunks;
+      const int begin = chunk & -kGroupChunks, stop = begin + kGroupChunks;
       if (chunk > begin && before <= begin) parts += (stop < end ? stop : end) - chunk;
       before = chunk;
+      chunk = chunk_at(next.at, cut);  // of the next cut
+      next.advance();
     }
     return parts;
   }
