@@ -9,45 +9,63 @@
 
 namespace foldkv::cuda {
 
-// Where the stream stands: a run of slots of K, or of V, and the block, pass and item it belongs to. Each warp keeps its own
-// in shared memory, as registers are scarce; what is needed once a slot is in registers where there are some.
-struct alignas(16) Cursor {
-  int token;                  // first of the next slot
-  int left;                   // slots left of the run; kValues more where they are of V; 0 at the end
-  int low, stop;              // keys that the pass sees, clipped to the block
-  const int32_t* table;       // page ids of the sequence
-  int high, block;            // end of the keys that the pass sees; first token of the block
-  int end, size;              // end of the item's tokens; tokens of a block
-  int freed, read;            // slots that the last call of next() handed out; index of the next one
-  const uint8_t* codes[2];    // of K and V: the kv head's in page 0
+// The slots that come next: of K, or of V, of one block of tokens.
+struct alignas(16) Run {
+  int token;      // first of the next slot
+  int left;       // slots left, negative where they are of V; 0 at the end of all
+  int low, stop;  // keys that the pass sees, clipped to the block
+};
+struct alignas(16) Block {
+  int token, size;  // the first, and how many
+  int high;         // end of the keys that the pass sees
+  int end;          // of the item's tokens
+};
+
+// Where the stream stands. Each warp keeps its own in shared memory, as registers are scarce; the decode kernel has some for
+// what is needed once a slot.
+struct Cursor {
+  Run run;
+  Block block;
+  const int32_t* table;     // page ids of the sequence
   const WorkItem* item;
-  int items;                  // that are left, this one included
-  int first_row;              // first query row of the pass
+  int items;                // that are left, this one included
+  int first_row;            // first query row of the pass
+  int2 turn;                // slots that the last call of next() handed out; index of the next one
+  const uint8_t* codes[2];  // of K and V: the kv head's in page 0
 };
 
 template <class S, class K, class V, int D>
 class Queue {
-  static constexpr int kValues = 1 << 16;
-  static_assert(sizeof(Cursor) <= S::kCursorBytes, "room for it");
+  static_assert(sizeof(Cursor) <= S::kCursorBytes && alignof(Cursor) == 16, "room for it");
+  static constexpr bool kHolds = S::kDecode;  // in registers
 
  public:
-  __device__ explicit Queue(const AttendParams& p) : p_(p) {}
+  __device__ explicit Queue(const AttendParams& p) : p_(p) {
+    const unsigned warp = threadIdx.x / 32;
+    shift_ = 31 - __clz(p.page_size);
+    page_rows_ = p.h_kv << shift_;
+    copies_scales_ = (warp == 0 && p.k_cache.format.dynamic) || (warp == 1 && p.v_cache.format.dynamic);
+  }
 
   // Begin a worker's items; all threads have left the slots.
   __device__ __forceinline__ void start(const WorkItem* item, int items) {
+    const int64_t before = static_cast<int64_t>(S::kv_head()) << page_shift();
+    const uint8_t* const k = p_.k_cache.codes + before * S::kKRow;
+    const uint8_t* const v = p_.v_cache.codes + before * S::kVRow;
+    if constexpr (kHolds) k_codes_ = k, v_codes_ = v;
     if (threadIdx.x % 32 == 0) {
       Cursor& c = cursor();
-      const int64_t before = static_cast<int64_t>(S::kv_head()) << page_shift();
-      c.codes[0] = p_.k_cache.codes + before * S::kKRow;
-      c.codes[1] = p_.v_cache.codes + before * S::kVRow;
+      c.codes[0] = k;
+      c.codes[1] = v;
       c.item = item;
       c.items = items;
       c.first_row = -S::kMaxRows;
       next_pass(c);
     }
-    set_turn(1, 0);
+    set_turn(make_int2(1, 0));
     recall();
-    if (run().y != 0) fetch_pages(run());
+    const Run now = run();
+    if (now.left != 0) fetch_pages(now);
 #pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) issue(i);
   }
@@ -74,7 +92,7 @@ class Queue {
       write = write + 1 == S::kStages ? 0 : write + 1;
     }
     const int read = first + count < S::kStages ? first + count : first + count - S::kStages;
-    set_turn(count, read);
+    set_turn(make_int2(count, read));
     return first;
   }
 
@@ -89,97 +107,103 @@ class Queue {
     return reinterpret_cast<Cursor*>(shared_memory + S::kCursorAt)[threadIdx.x / 32];
   }
 
-  // The run: token, left, low, stop of the cursor. The turn: freed and read.
-  static constexpr bool kSpare = !S::kDecode;
-  __device__ __forceinline__ int4 run() const {
-    return kSpare ? *reinterpret_cast<const int4*>(&cursor().token) : run_;
-  }
-  __device__ __forceinline__ int2 turn() const {
-    return kSpare ? *reinterpret_cast<const int2*>(&cursor().freed) : turn_;
-  }
-  __device__ __forceinline__ void set_turn(int freed, int read) {
-    if constexpr (kSpare) {
-      if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().freed) = make_int2(freed, read);
-      __syncwarp();
+  __device__ __forceinline__ Run run() const { return kHolds ? run_ : cursor().run; }
+  __device__ __forceinline__ int2 turn() const { return kHolds ? turn_ : cursor().turn; }
+  __device__ __forceinline__ void set_turn(int2 turn) {
+    if constexpr (kHolds) {
+      turn_ = turn;
     } else {
-      turn_ = make_int2(freed, read);
+      if (threadIdx.x % 32 == 0) cursor().turn = turn;
+      __syncwarp();
     }
   }
-  __device__ __forceinline__ void set_token(int token, int left) {
-    if constexpr (kSpare) {
-      __syncwarp();  // all have read what is now written anew
-      if (threadIdx.x % 32 == 0) *reinterpret_cast<int2*>(&cursor().token) = make_int2(token, left);
-      __syncwarp();
-    } else {
-      run_.x = token, run_.y = left;
-    }
-  }
-  // The cursor has moved to another run.
+  // The cursor has moved.
   __device__ __forceinline__ void recall() {
     __syncwarp();
-    if constexpr (!kSpare) run_ = *reinterpret_cast<const int4*>(&cursor().token);
+    if constexpr (kHolds) run_ = cursor().run, block_ = cursor().block, table_ = cursor().table;
   }
 
   __device__ __forceinline__ void issue(int write) {
-    const int4 now = run();
-    const int token = now.x, low = now.z, stop = now.w;
-    int left = now.y;
-    if (left != 0) {
+    Run now = run();
+    if (now.left != 0) {
       const uint32_t slot = shared_base() + write * S::kSlotBytes;
-      const bool values = left > kValues;
-      const uint8_t* codes = cursor().codes[values];
+      const bool values = now.left < 0;
+      const uint8_t* codes = !kHolds ? cursor().codes[values] : values ? v_codes_ : k_codes_;
       if (S::kKRow == S::kVRow || !values) {
-        copy_codes<S::kKRow / 16>(codes, slot, token, low, stop);
+        copy_codes<S::kKRow / 16>(codes, slot, now);
       } else {
-        copy_codes<S::kVRow / 16>(codes, slot, token, low, stop);
+        copy_codes<S::kVRow / 16>(codes, slot, now);
       }
       if constexpr (K::kInteger || V::kInteger) {
-        if (!values && (p_.k_cache.format.dynamic || p_.v_cache.format.dynamic)) copy_scales(slot, token, low, stop);
+        if (!values && copies_scales_) copy_scales(slot, now);
       }
-      --left;
-      if (left % kValues != 0) {
-        set_token(token + S::kStageTokens, left);
-      } else {
-        __syncwarp();  // all have read what is now written anew
-        if (threadIdx.x % 32 == 0) next_run(cursor(), values);
-        recall();
-      }
-      if (run().y != 0) fetch_pages(run());
+      now.token += S::kStageTokens;
+      now.left += values ? 1 : -1;
+      move_on(now, values);
+      if (now.left != 0) fetch_pages(now);
     }
     copy_commit();
   }
 
-  // log2 of the page size.
-  __device__ __forceinline__ int page_shift() const { return 31 - __clz(opaque(p_.page_size)); }
+  // A slot of the run is on its way: `now` becomes what comes next.
+  __device__ __forceinline__ void move_on(Run& now, bool values) {
+    if constexpr (kHolds) {
+      if (now.left == 0) {
+        if (!next_run(now, block_, values)) {
+          if (threadIdx.x % 32 == 0) next_pass(cursor());
+          recall();
+          now = run_;
+          __syncwarp();  // all have read it
+        }
+      }
+      run_ = now;
+    } else {
+      __syncwarp();  // all have read what is now written anew
+      if (threadIdx.x % 32 == 0) {
+        Cursor& c = cursor();
+        c.run = now;
+        if (now.left == 0 && !next_run(c.run, c.block, values)) next_pass(c);
+      }
+      __syncwarp();
+      now = cursor().run;
+    }
+  }
+
+  // log2 of the page size, and rows of all heads in a page.
+  __device__ __forceinline__ int page_shift() const { return kHolds ? shift_ : 31 - __clz(opaque(p_.page_size)); }
+  __device__ __forceinline__ int page_rows() const { return kHolds ? page_rows_ : p_.h_kv << page_shift(); }
 
   // Page ids of the next slot: lane l has that of the 16 tokens from 16 l on. They come a slot ahead of their use. A table
   // that names no page of the pool gives wrong numbers, not a fault.
   static constexpr int kGroups = S::kStageTokens / 16;
-  __device__ __forceinline__ void fetch_pages(const int4& run) {
-    const int at = min(max(run.x + static_cast<int>(16 * (opaque(threadIdx.x) % kGroups)), run.z), run.w - 1);
-    pages_ = min(static_cast<uint32_t>(__ldg(cursor().table + (at >> page_shift()))), p_.max_page);
+  __device__ __forceinline__ void fetch_pages(const Run& run) {
+    const int at = min(max(run.token + static_cast<int>(16 * (opaque(threadIdx.x) % kGroups)), run.low), run.stop - 1);
+    pages_ = __ldg((kHolds ? table_ : cursor().table) + (at >> page_shift()));
   }
-  __device__ uint32_t page_of(int row) const { return __shfl_sync(0xffffffffu, pages_, row / 16); }
+  __device__ uint32_t page_of(int row) const {
+    return min(static_cast<uint32_t>(__shfl_sync(0xffffffffu, pages_, row / 16)), p_.max_page);
+  }
 
-  // After K the values of the same block; after those the next block, pass or item.
-  __device__ __forceinline__ void next_run(Cursor& c, bool values) const {
+  // Slots of `tokens` tokens.
+  __device__ __forceinline__ static int slots(int tokens) {
+    return static_cast<unsigned>(tokens + S::kStageTokens - 1) / S::kStageTokens;
+  }
+  __device__ __forceinline__ static void begin_block(Run& run, const Block& block) {
+    run.token = block.token;
+    run.stop = min(block.high, block.token + block.size);
+    run.left = slots(run.stop - run.token);
+  }
+  // After K the values of the same block, after those the next block; false at the end of the pass.
+  __device__ __forceinline__ static bool next_run(Run& run, Block& block, bool values) {
     if (!values) {
-      c.token = c.block;
-      c.left = kValues + ceil_div(c.stop - c.block, S::kStageTokens);
-      return;
+      run.token = block.token;
+      run.left = -slots(run.stop - run.token);
+      return true;
     }
-    c.block += c.size;
-    if (c.block >= c.end) {
-      next_pass(c);
-    } else {
-      begin_block(c);
-    }
-  }
-
-  __device__ __forceinline__ static void begin_block(Cursor& c) {
-    c.token = c.block;
-    c.stop = min(c.high, c.block + c.size);
-    c.left = ceil_div(c.stop - c.block, S::kStageTokens);
+    block.token += block.size;
+    if (block.token >= block.end) return false;
+    begin_block(run, block);
+    return true;
   }
 
   __device__ __forceinline__ void next_pass(Cursor& c) const {
@@ -190,26 +214,24 @@ class Queue {
       if (c.first_row >= item.q_count * group) continue;
       const Pass pass(item, group, c.first_row, S::kMaxRows, p_.window_left);
       if (pass.begin >= pass.end) continue;
-      c.low = pass.low;
-      c.high = pass.high;
-      c.end = pass.end;
-      c.size = pass.block();
-      c.block = pass.begin;
+      c.run.low = pass.low;
+      c.block = {pass.begin, pass.block(), pass.high, pass.end};
       c.table = p_.block_table + item.seq * p_.table_stride;
-      begin_block(c);
+      begin_block(c.run, c.block);
       return;
     }
-    c.left = 0;
+    c.run.left = 0;
   }
 
-  // kStageTokens rows of kUnits * 16 bytes, from token `first` on. Rows outside low .. stop - 1 are zero and are not fetched,
+  // kStageTokens rows of kUnits * 16 bytes, from the run's token on. Rows outside low .. stop - 1 are zero and are not fetched,
   // nor are their page ids read. `codes`: the kv head's in page 0.
   template <int kUnits>
-  __device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, int first, int low, int stop) {
+  __device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, const Run& run) {
+    const int first = run.token, low = run.low, stop = run.stop;
     constexpr int kRow = 16 * kUnits, kPieces = S::kStageTokens * kUnits, kEach = (kPieces + kThreads - 1) / kThreads;
     const int shift = page_shift();
     const unsigned thread = opaque(threadIdx.x), mask = (1u << shift) - 1;
-    const uint32_t page_bytes = static_cast<uint32_t>(p_.h_kv << shift) * kRow;
+    const uint32_t page_bytes = static_cast<uint32_t>(page_rows()) * kRow;
     const auto place = [&](unsigned piece) {
       const unsigned row = piece / kUnits, unit = piece % kUnits;
       return slot + row * kRow + ((unit ^ Swizzle<kUnits>::of(row)) << 4);
@@ -248,11 +270,10 @@ class Queue {
   }
 
   // Scales of the same tokens, 16 bytes a lane: of K by the first warp, of V by the second.
-  __device__ __forceinline__ void copy_scales(uint32_t slot, int first, int low, int stop) {
+  __device__ __forceinline__ void copy_scales(uint32_t slot, const Run& run) {
+    const int first = run.token, low = run.low, stop = run.stop;
     const unsigned thread = opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    if (warp > 1) return;
     const Format format = warp == 0 ? p_.k_cache.format : p_.v_cache.format;
-    if (!format.dynamic) return;
     const uint8_t* meta = warp == 0 ? p_.k_cache.meta : p_.v_cache.meta;
     const uint32_t to = slot + (warp == 0 ? S::kKMeta : S::kVMeta) + lane * 16;
     const int bytes = format.meta_bytes(), tokens = 16 / bytes, shift = page_shift();
@@ -267,9 +288,15 @@ class Queue {
   }
 
   const AttendParams& p_;
-  uint32_t pages_;
-  int4 run_;
+  int32_t pages_;
+  bool copies_scales_;
+  // Of the cursor, where they are held; see there.
+  Run run_;
+  Block block_;
   int2 turn_;
+  const int32_t* table_;
+  const uint8_t *k_codes_, *v_codes_;
+  int shift_, page_rows_;
 };
 
 }  // namespace foldkv::cuda
