@@ -79,20 +79,25 @@ struct Shape {
   // Narrow tiles, behind their queries: weights [token][query row], 16 bits.
   static constexpr int kWeightBytes = kNarrowBlock * kNarrowRows * 2;
   static constexpr int kNarrowBytes = kNarrowRows * kQueryRow + kWeightBytes;
-  // Wide tiles whose rows warps share, behind their queries: weights as A fragments [tile of 16 rows][k-step][lane][8], and what
-  // V's scales make of them, [warp][lane][4] fp32.
+  // Blocks of 64 tokens that wide tiles score together, where slots for them come together: fewer barriers.
+  static constexpr int kWideBlocks =
+      kDecode && K::kInteger && V::kInteger && (kTogether > 1 || kStageTokens > 64) ? 2 : 1;
+  static constexpr int kWideStep = kWideBlocks * kWideBlock;
+  // Wide tiles whose rows warps share, behind their queries: weights as A fragments [block][tile of 16 rows][k-step][lane][8],
+  // and what V's scales make of them, [block][warp][16 rows][2] fp32.
   static constexpr int kWideWeightBytes = kWideBlock * kWideRows * 2;
-  static constexpr int kWideSumBytes = V::kInteger ? kThreads * 16 : 0;
+  static constexpr int kWideSumBytes = V::kInteger ? kWideBlocks * kWarps * kWideRows * 8 : 0;
   template <int kTiles>
   __device__ static __forceinline__ int wide_weights() {
     return kQueryAt + kTiles * kWideRows * kQueryRow;
   }
   template <int kTiles>
   __device__ static __forceinline__ int wide_sums() {
-    return wide_weights<kTiles>() + kTiles * kWideWeightBytes;
+    return wide_weights<kTiles>() + kWideBlocks * kTiles * kWideWeightBytes;
   }
   static constexpr int kSharedTiles = kDecode ? 1 : 2;  // the most that warps share
-  static constexpr int kWideBytes = kSharedTiles * (kWideRows * kQueryRow + kWideWeightBytes) + kWideSumBytes;
+  static constexpr int kWideBytes =
+      kSharedTiles * (kWideRows * kQueryRow + kWideBlocks * kWideWeightBytes) + kWideSumBytes;
   // Outputs on their way to memory, 8 rows of each tile [row][D] fp32, take the place of queries and weights.
   static constexpr int kOutBytes = (kMaxRows / kWideRows) * 8 * D * 4;
   static constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -145,7 +150,8 @@ struct RowInfo {
   __device__ static int* head() { return array<int, 7>(); }
   // NaN where the query is not finite, otherwise 0
   __device__ static float* bad() { return array<float, 8>(); }
-  // [kWarps][kNarrowRows]: a warp's largest logit; its weights, and what the codes' zeros take off
+  // [kWarps][kNarrowRows]: a warp's largest logit; its weights, and what the codes' zeros take off. Wide tiles have their logits
+  // in the place of both.
   __device__ static float* warp_max() { return narrow<float, 0>(); }
   __device__ static float2* warp_sum() { return narrow<float2, kWarps>(); }
   // [kWarps][kWideRows]: maximum and total of a run of chunks, each warp's own
@@ -158,9 +164,11 @@ struct Pass {
   int tiles;                  // 0: a narrow one; otherwise of 16 query rows: 1, 2 or 4
   int low, high;              // keys that any row sees
   int whole_begin, whole_end; // keys that every row sees
-  int begin, end;             // tokens to go through; begin is a multiple of block()
+  int begin, end;             // tokens to go through; begin is a multiple of `block`
+  int block;                  // tokens of a step
 
-  __device__ Pass(const WorkItem& item, int group, int first_row, int max_rows, int window_left) {
+  // wide_step: S::kWideStep.
+  __device__ Pass(const WorkItem& item, int group, int first_row, int max_rows, int wide_step, int window_left) {
     const int rows_left = item.q_count * group - first_row, q_len = item.seq_len - item.position + item.q_begin;
     const int rows = rows_left < max_rows ? rows_left : max_rows;
     tiles = q_len * group <= kNarrowRows ? 0 : rows <= kWideRows ? 1 : rows <= 2 * kWideRows ? 2 : 4;
@@ -170,11 +178,11 @@ struct Pass {
     whole_begin = visible_keys(item.position + item.q_count - 1, item.start, window_left).begin;
     whole_end = item.position + 1 < item.seq_len ? item.position + 1 : item.seq_len;
     const int first = item.chunk_begin * kChunkSize, last = item.chunk_end * kChunkSize;
-    begin = low / block() * block();
+    block = tiles == 0 ? kNarrowBlock : wide_step;
+    begin = low / block * block;
     begin = begin > first ? begin : first;
     end = high < last ? high : last;
   }
-  __device__ int block() const { return tiles == 0 ? kNarrowBlock : kWideBlock; }
   __device__ int padded_rows() const { return tiles == 0 ? kNarrowRows : tiles * kWideRows; }
 };
 

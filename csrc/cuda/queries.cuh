@@ -66,7 +66,7 @@ class Queries {
     }
     if (item == current().item_end) return false;
     const int rows = min(item->q_count * group - first_row, S::kMaxRows);
-    const Pass pass(*item, group, first_row, S::kMaxRows, p.window_left);
+    const Pass pass(*item, group, first_row, S::kMaxRows, S::kWideStep, p.window_left);
     __syncthreads();
     if (threadIdx.x == 0) {
       Current& now = mutable_current();

@@ -43,20 +43,16 @@ class Queue {
   __device__ explicit Queue(const AttendParams& p) : p_(p) {
     const unsigned warp = threadIdx.x / 32;
     shift_ = 31 - __clz(p.page_size);
-    page_rows_ = p.h_kv << shift_;
     copies_scales_ = (warp == 0 && p.k_cache.format.dynamic) || (warp == 1 && p.v_cache.format.dynamic);
   }
 
   // Begin a worker's items; all threads have left the slots.
   __device__ __forceinline__ void start(const WorkItem* item, int items) {
-    const int64_t before = static_cast<int64_t>(S::kv_head()) << page_shift();
-    const uint8_t* const k = p_.k_cache.codes + before * S::kKRow;
-    const uint8_t* const v = p_.v_cache.codes + before * S::kVRow;
-    if constexpr (kHolds) k_codes_ = k, v_codes_ = v;
     if (threadIdx.x % 32 == 0) {
+      const int64_t before = static_cast<int64_t>(S::kv_head()) << page_shift();
       Cursor& c = cursor();
-      c.codes[0] = k;
-      c.codes[1] = v;
+      c.codes[0] = p_.k_cache.codes + before * S::kKRow;
+      c.codes[1] = p_.v_cache.codes + before * S::kVRow;
       c.item = item;
       c.items = items;
       c.first_row = -S::kMaxRows;
@@ -128,7 +124,7 @@ class Queue {
     if (now.left != 0) {
       const uint32_t slot = shared_base() + write * S::kSlotBytes;
       const bool values = now.left < 0;
-      const uint8_t* codes = !kHolds ? cursor().codes[values] : values ? v_codes_ : k_codes_;
+      const uint8_t* codes = cursor().codes[values];
       if (S::kKRow == S::kVRow || !values) {
         copy_codes<S::kKRow / 16>(codes, slot, now);
       } else {
@@ -169,9 +165,8 @@ class Queue {
     }
   }
 
-  // log2 of the page size, and rows of all heads in a page.
+  // log2 of the page size.
   __device__ __forceinline__ int page_shift() const { return kHolds ? shift_ : 31 - __clz(opaque(p_.page_size)); }
-  __device__ __forceinline__ int page_rows() const { return kHolds ? page_rows_ : p_.h_kv << page_shift(); }
 
   // Page ids of the next slot: lane l has that of the 16 tokens from 16 l on. They come a slot ahead of their use. A table
   // that names no page of the pool gives wrong numbers, not a fault.
@@ -212,10 +207,10 @@ class Queue {
       const WorkItem item = *c.item;
       c.first_row += S::kMaxRows;
       if (c.first_row >= item.q_count * group) continue;
-      const Pass pass(item, group, c.first_row, S::kMaxRows, p_.window_left);
+      const Pass pass(item, group, c.first_row, S::kMaxRows, S::kWideStep, p_.window_left);
       if (pass.begin >= pass.end) continue;
       c.run.low = pass.low;
-      c.block = {pass.begin, pass.block(), pass.high, pass.end};
+      c.block = {pass.begin, pass.block, pass.high, pass.end};
       c.table = p_.block_table + item.seq * p_.table_stride;
       begin_block(c.run, c.block);
       return;
@@ -231,7 +226,7 @@ class Queue {
     constexpr int kRow = 16 * kUnits, kPieces = S::kStageTokens * kUnits, kEach = (kPieces + kThreads - 1) / kThreads;
     const int shift = page_shift();
     const unsigned thread = opaque(threadIdx.x), mask = (1u << shift) - 1;
-    const uint32_t page_bytes = static_cast<uint32_t>(page_rows()) * kRow;
+    const uint32_t page_bytes = static_cast<uint32_t>(p_.h_kv << shift) * kRow;
     const auto place = [&](unsigned piece) {
       const unsigned row = piece / kUnits, unit = piece % kUnits;
       return slot + row * kRow + ((unit ^ Swizzle<kUnits>::of(row)) << 4);
@@ -295,8 +290,7 @@ class Queue {
   Block block_;
   int2 turn_;
   const int32_t* table_;
-  const uint8_t *k_codes_, *v_codes_;
-  int shift_, page_rows_;
+  int shift_;
 };
 
 }  // namespace foldkv::cuda

@@ -18,6 +18,8 @@ class Wide {
   static constexpr int kOwn = (kSlices + kSplit - 1) / kSplit;  // slices of a warp: its part, part + kSplit, ...
   static constexpr int kTiles = kWideBlock / 8;  // of 8 tokens
   static constexpr int kMine = kTiles / kSplit;  // that a warp scores
+  static constexpr int kBlocks = S::kWideBlocks, kSlotBlocks = S::kStageTokens / kWideBlock;
+  static_assert(kBlocks == 1 || kSplit == 4, "one row tile");
   static constexpr int kKWords = K::kBits / 4, kVWords = V::kBits / 4;
 
  public:
@@ -33,8 +35,8 @@ class Wide {
       clear(chunk);
 #pragma unroll 1
       do {
-        attend_block(token, chunk);
-        token += kWideBlock;
+        attend_blocks(token, chunk);
+        token += kBlocks * kWideBlock;
       } while (token % kChunkSize != 0 && token < now.pass.end);
       finish_chunk(chunk);
       if (now.folds) {
@@ -92,85 +94,131 @@ class Wide {
     for_fragments([&](int own, int tile, int c) { s.out[own][tile][c] = 0.0f; });
   }
 
-  // --- one block of tokens ---------------------------------------------------------------------------------------------
+  // --- blocks of 64 tokens ---------------------------------------------------------------------------------------------
 
-  // Adds 64 tokens from `token` on, up to the pass' end, to a chunk's state.
-  __device__ __forceinline__ void attend_block(int token, State& s) {
-    uint32_t weight[kTiles][2];  // two tokens each, of the two rows: A fragments
-    Sums sums = {};
-    {
-      const Pass& pass = current().pass;
-      const bool whole = token >= pass.whole_begin && token + kWideBlock <= pass.whole_end;
-      const uint32_t slot = queue_.slot(queue_.next(1), 0);
-      float x[kMine][4];
-      score(slot, x);
-      if (!whole) mask(x, token);
-      weigh_tokens(slot, token, whole, x, reinterpret_cast<uint32_t (&)[kMine][2]>(weight), sums, s);
-      if constexpr (kSplit > 1) hand_out(reinterpret_cast<uint32_t (&)[kMine][2]>(weight), sums);
-    }
-    const uint32_t values = queue_.slot(queue_.next(1), 0);  // a barrier, too
-    if constexpr (kSplit > 1) collect(weight, sums);
-    add_weights(weight, sums, s);
-    add_values(values, weight, s);
-  }
-
-  // What V's scales and zeros make of this thread's weights: sum of weight / scale, and of weight * zero, of its two rows.
+  // What V's scales and zeros make of the weights of this thread's two rows: sums of weight / scale, and of weight * zero.
   struct Sums {
     float total[2], zeros[2];
   };
 
-  // The first of the tiles that this warp scores.
-  __device__ __forceinline__ static int first_tile() { return kSplit == 1 ? 0 : part() * kMine; }
-
-  // Weights, and sums, of the warps that share rows: [k-step of 16 tokens][lane], and [warp][lane], 16 bytes each.
-  __device__ __forceinline__ static uint32_t weights_at() {
-    return shared_base() + S::template wide_weights<kRowTiles>() + row() / 16 * S::kWideWeightBytes +
-           thread() % 32 * 16;
-  }
-  __device__ __forceinline__ static uint32_t sums_at(int warp) {
-    return shared_base() + S::template wide_sums<kRowTiles>() + warp * 512 + thread() % 32 * 16;
-  }
-  __device__ __forceinline__ bool v_dynamic() const { return V::kInteger && p_.v_cache.format.dynamic; }
-
-  __device__ __forceinline__ void hand_out(const uint32_t (&weight)[kMine][2], const Sums& sums) const {
+  // Adds the blocks from `token` on, up to the pass' end, to a chunk's state: one after another, but scored together.
+  __device__ __forceinline__ void attend_blocks(int token, State& s) {
+    const int blocks = kBlocks == 1 ? 1 : min(kBlocks, ceil_div(current().pass.end - token, kWideBlock));
+    const int slots = kSlotBlocks > 1 ? 1 : blocks;
+    uint32_t weight[kBlocks][kMine][2];  // two tokens each, of the two rows: A fragments
+    Sums sums[kBlocks] = {};
+    int max[kBlocks][2];
+    {
+      const Pass& pass = current().pass;
+      const int first = queue_.next(slots);
+      float x[kBlocks][kMine][4], highest[kBlocks][2];
+      bool whole[kBlocks];
 #pragma unroll
-    for (int n = 0; n < kMine; n += 2) {
-      const uint32_t (&a)[4] = a_fragment(weight, n);
-      store_shared(weights_at() + (first_tile() + n) * 256, a[0], a[1], a[2], a[3]);
-    }
-    if (v_dynamic()) {
-      store_shared(sums_at(thread() / 32), __float_as_uint(sums.total[0]), __float_as_uint(sums.total[1]),
-                   __float_as_uint(sums.zeros[0]), __float_as_uint(sums.zeros[1]));
-    }
-  }
-
-  __device__ __forceinline__ void collect(uint32_t (&weight)[kTiles][2], Sums& sums) const {
+      for (int b = 0; b < kBlocks; ++b) {
+        highest[b][0] = highest[b][1] = -INFINITY;
+        if (b >= blocks) continue;
+        const int at = token + b * kWideBlock;
+        whole[b] = at >= pass.whole_begin && at + kWideBlock <= pass.whole_end;
+        score(slot_of(first, b), row_of(b), x[b]);
+        if (!whole[b]) mask(x[b], at);
+        find_highest(slot_of(first, b), row_of(b), at, whole[b], x[b], highest[b]);
+      }
+      if constexpr (kSplit > 1) share_highest(highest);
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const uint4 a = load_shared(weights_at() + n * 256);
-      weight[n][0] = a.x, weight[n][1] = a.y, weight[n + 1][0] = a.z, weight[n + 1][1] = a.w;
-    }
-    if (!v_dynamic()) return;
-    Sums of[kSplit];
+      for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-    for (int i = 0; i < kSplit; ++i) {
-      const uint4 a = load_shared(sums_at(thread() / 32 / kSplit * kSplit + i));
-      of[i] = {{__uint_as_float(a.x), __uint_as_float(a.y)}, {__uint_as_float(a.z), __uint_as_float(a.w)}};
+        for (int h = 0; h < 2; ++h) max[b][h] = round_max(highest[b][h], b == 0 ? s.max[h] : max[b - 1][h]);
+        if (b >= blocks) continue;
+        weigh_tokens(slot_of(first, b), row_of(b), token + b * kWideBlock, whole[b], x[b], max[b], weight[b], sums[b]);
+        if constexpr (kSplit > 1) hand_out(b, weight[b], sums[b]);
+      }
     }
+    if constexpr (kSplit == 1) {
+      const auto fragment = [&](int n, uint32_t (&a)[4]) {
+        a[0] = weight[0][n][0], a[1] = weight[0][n][1], a[2] = weight[0][n + 1][0], a[3] = weight[0][n + 1][1];
+      };
+      raise(max[0], s);
+      if (v_dynamic()) {
+        add_sums(sums[0], s);
+      } else {
+        add_weights(s, fragment);
+      }
+      const uint32_t values = queue_.slot(queue_.next(1), 0);
+      add_values(values, 0, s, fragment);
+    } else {
+      const int first = queue_.next(slots);  // a barrier, too
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sums.total[h] = of[0].total[h] + of[1].total[h];
-      sums.zeros[h] = of[0].zeros[h] + of[1].zeros[h];
-      if constexpr (kSplit == 4) {
-        sums.total[h] += of[2].total[h] + of[3].total[h];
-        sums.zeros[h] += of[2].zeros[h] + of[3].zeros[h];
+      for (int b = 0; b < kBlocks; ++b) {
+        if (b >= blocks) continue;
+        raise(max[b], s);
+        const auto fragment = [&](int n, uint32_t (&a)[4]) {
+          const uint4 held = load_shared(weights_at(b) + n * 256);
+          a[0] = held.x, a[1] = held.y, a[2] = held.z, a[3] = held.w;
+        };
+        if (v_dynamic()) {
+          add_sums(collect_sums(b), s);
+        } else {
+          add_weights(s, fragment);
+        }
+        add_values(slot_of(first, b), row_of(b), s, fragment);
       }
     }
   }
 
+  // Where a block of the slots from `first` on is, and its first row there.
+  __device__ __forceinline__ uint32_t slot_of(int first, int block) const {
+    return queue_.slot(first, block / kSlotBlocks);
+  }
+  __device__ __forceinline__ static constexpr int row_of(int block) { return block % kSlotBlocks * kWideBlock; }
+
+  // The first of the tiles that this warp scores.
+  __device__ __forceinline__ static int first_tile() { return kSplit == 1 ? 0 : part() * kMine; }
+
+  // Weights of the warps that share rows, [k-step of 16 tokens][lane] of 16 bytes; their sums, [warp][16 rows].
+  __device__ __forceinline__ static uint32_t weights_at(int block) {
+    return shared_base() + S::template wide_weights<kRowTiles>() +
+           (block * kRowTiles + row() / 16) * S::kWideWeightBytes + thread() % 32 * 16;
+  }
+  __device__ __forceinline__ static float2* sums_of(int block, int warp) {
+    return reinterpret_cast<float2*>(shared_memory + S::template wide_sums<kRowTiles>()) +
+           (block * kWarps + warp) * kWideRows + thread() % 32 / 4;
+  }
+  __device__ __forceinline__ bool v_dynamic() const { return V::kInteger && p_.v_cache.format.dynamic; }
+
+  __device__ __forceinline__ void hand_out(int block, const uint32_t (&weight)[kMine][2], const Sums& sums) const {
+#pragma unroll
+    for (int n = 0; n < kMine; n += 2) {
+      const uint32_t (&a)[4] = a_fragment(weight, n);
+      store_shared(weights_at(block) + (first_tile() + n) * 256, a[0], a[1], a[2], a[3]);
+    }
+    if (v_dynamic() && column() == 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sums_of(block, thread() / 32)[8 * h] = make_float2(sums.total[h], sums.zeros[h]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ Sums collect_sums(int block) const {
+    const float2* from = sums_of(block, thread() / 32 / kSplit * kSplit);
+    Sums sums;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float2 pair[kSplit / 2];
+#pragma unroll
+      for (int i = 0; i < kSplit / 2; ++i) {
+        const float2 a = from[2 * i * kWideRows + 8 * h], b = from[(2 * i + 1) * kWideRows + 8 * h];
+        pair[i] = make_float2(a.x + b.x, a.y + b.y);
+      }
+      sums.total[h] = kSplit == 4 ? pair[0].x + pair[kSplit / 2 - 1].x : pair[0].x;
+      sums.zeros[h] = kSplit == 4 ? pair[0].y + pair[kSplit / 2 - 1].y : pair[0].y;
+    }
+    return sums;
+  }
+
   // Logits times log2(e) of this warp's tokens: x[8 tokens] as C fragments.
-  __device__ __forceinline__ void score(uint32_t slot, float (&x)[kMine][4]) const {
-    constexpr int kUnits = S::kKRow / 16, kSpan = kKeySpan<K>;
+  __device__ __forceinline__ void score(uint32_t slot, int row0, float (&x)[kMine][4]) const {
+    constexpr int kUnits = S::kKRow / 16, kSpan = kSplit == 4 ? 1 : kKeySpan<K>;
     constexpr bool kByTokens = kSpan * kKWords > 1;
     {
       const int r = row();
@@ -185,7 +233,7 @@ class Wide {
 #pragma unroll
     for (int slice = 0; slice < kSlices; slice += kSpan) {
       const int lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane);
-      const uint32_t keys = slot + (8 * first_tile() + key_row) * S::kKRow;
+      const uint32_t keys = slot + (row0 + 8 * first_tile() + key_row) * S::kKRow;
       const int swizzle = Swizzle<kUnits>::of(key_row), high = KeyLane<kByTokens>::high(lane);
       uint32_t q[kSpan][2][4];
 #pragma unroll
@@ -219,7 +267,7 @@ class Wide {
         const float sum[2] = {Rows::sum()[r], Rows::sum()[r + 8]};
 #pragma unroll
         for (int n = 0; n < kMine; ++n) {
-          const uint2 raw = load_scales(format, slot + S::kKMeta, 8 * (first_tile() + n) + column());
+          const uint2 raw = load_scales(format, slot + S::kKMeta, row0 + 8 * (first_tile() + n) + column());
           const Scale k[2] = {unpack_scale<K>(raw.x, format.stored_zero), unpack_scale<K>(raw.y, format.stored_zero)};
 #pragma unroll
           for (int c = 0; c < 4; ++c) x[n][c] = fmaf(-k[c % 2].zero, sum[c / 2], x[n][c]) * k[c % 2].scale;
@@ -260,9 +308,9 @@ class Wide {
   }
 
   // Raw scales of V of two tokens from 8 n + 2 t on, n counted from this warp's first tile; 0 for tokens that no query sees, whose bytes are anybody's.
-  __device__ __forceinline__ uint2 v_scales(uint32_t slot, int token, bool whole, int n) const {
+  __device__ __forceinline__ uint2 v_scales(uint32_t slot, int row0, int token, bool whole, int n) const {
     const int at = 8 * (first_tile() + n) + column();
-    uint2 raw = load_scales(p_.v_cache.format, slot + S::kVMeta, at);
+    uint2 raw = load_scales(p_.v_cache.format, slot + S::kVMeta, row0 + at);
     if (!whole) {
       const Pass& pass = current().pass;
       const int key = token + at;
@@ -272,10 +320,9 @@ class Wide {
     return raw;
   }
 
-  // Logits become weights; what is there of the chunk is scaled to the new maximum, once it has grown.
-  __device__ __forceinline__ void weigh_tokens(uint32_t slot, int token, bool whole, const float (&x)[kMine][4],
-                                               uint32_t (&weight)[kMine][2], Sums& sums, State& s) const {
-    float highest[2] = {-INFINITY, -INFINITY};
+  // The largest of log2(weight * scale of V), up to a constant, of this warp's tokens.
+  __device__ __forceinline__ void find_highest(uint32_t slot, int row0, int token, bool whole,
+                                               const float (&x)[kMine][4], float (&highest)[2]) const {
     if (!v_dynamic()) {
 #pragma unroll
       for (int n = 0; n < kMine; ++n) {
@@ -285,7 +332,7 @@ class Wide {
     } else {
 #pragma unroll
       for (int n = 0; n < kMine; ++n) {
-        const uint2 raw = v_scales(slot, token, whole, n);
+        const uint2 raw = v_scales(slot, row0, token, whole, n);
         const float lift[2] = {scale_exponent(raw.x), scale_exponent(raw.y)};
 #pragma unroll
         for (int c = 0; c < 4; ++c) highest[c / 2] = fmaxf(highest[c / 2], x[n][c] + lift[c % 2]);
@@ -296,28 +343,47 @@ class Wide {
       highest[h] = fmaxf(highest[h], __shfl_xor_sync(kFullWarp, highest[h], 1));
       highest[h] = fmaxf(highest[h], __shfl_xor_sync(kFullWarp, highest[h], 2));
     }
-    if constexpr (kSplit > 1) {
-      float* const all = Rows::warp_max();  // [kWarps][16 rows]
-      const int warp = thread() / 32, at = thread() % 32 / 4;
-      if (column() == 0) all[warp * kWideRows + at] = highest[0], all[warp * kWideRows + at + 8] = highest[1];
-      __syncthreads();
+  }
+
+  // That of all warps that share rows.
+  __device__ __forceinline__ void share_highest(float (&highest)[kBlocks][2]) const {
+    float* const all = Rows::warp_max();  // [block][kWarps][16 rows]
+    const int warp = thread() / 32, at = thread() % 32 / 4;
+    if (column() == 0) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float* const to = all + (b * kWarps + warp) * kWideRows + at;
+        to[0] = highest[b][0], to[8] = highest[b][1];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
       for (int i = 0; i < kSplit; ++i) {
-        const float* const of = all + (warp / kSplit * kSplit + i) * kWideRows + at;
-        highest[0] = fmaxf(highest[0], of[0]), highest[1] = fmaxf(highest[1], of[8]);
+        const float* const of = all + (b * kWarps + warp / kSplit * kSplit + i) * kWideRows + at;
+        highest[b][0] = fmaxf(highest[b][0], of[0]), highest[b][1] = fmaxf(highest[b][1], of[8]);
       }
     }
-    const int max[2] = {round_max(highest[0], s.max[0]), round_max(highest[1], s.max[1])};
-    if (__any_sync(kFullWarp, max[0] != s.max[0] || max[1] != s.max[1])) {
-      const float scale[2] = {exp2_integer(s.max[0] - max[0]), exp2_integer(s.max[1] - max[1])};
+  }
+
+  // What is there of the chunk is scaled to a new maximum.
+  __device__ __forceinline__ static void raise(const int (&max)[2], State& s) {
+    if (!__any_sync(kFullWarp, max[0] != s.max[0] || max[1] != s.max[1])) return;
+    const float scale[2] = {exp2_integer(s.max[0] - max[0]), exp2_integer(s.max[1] - max[1])};
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        s.total[h] *= scale[h];
-        s.zeros[h] *= scale[h];
-      }
-      for_fragments([&](int own, int tile, int c) { s.out[own][tile][c] *= scale[c / 2]; });
-      s.max[0] = max[0], s.max[1] = max[1];
+    for (int h = 0; h < 2; ++h) {
+      s.total[h] *= scale[h];
+      s.zeros[h] *= scale[h];
     }
+    for_fragments([&](int own, int tile, int c) { s.out[own][tile][c] *= scale[c / 2]; });
+    s.max[0] = max[0], s.max[1] = max[1];
+  }
+
+  // Logits become weights that stand on the maxima.
+  __device__ __forceinline__ void weigh_tokens(uint32_t slot, int row0, int token, bool whole,
+                                               const float (&x)[kMine][4], const int (&max)[2],
+                                               uint32_t (&weight)[kMine][2], Sums& sums) const {
     const float offset[2] = {max[0] == kEmpty ? 0.0f : static_cast<float>(max[0]) - V::Math::kBoost,
                              max[1] == kEmpty ? 0.0f : static_cast<float>(max[1]) - V::Math::kBoost};
     if (!v_dynamic()) {
@@ -339,7 +405,7 @@ class Wide {
         uint32_t zeros[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint2 raw = v_scales(slot, token, whole, n + i);
+          const uint2 raw = v_scales(slot, row0, token, whole, n + i);
           zeros[i] = stored_zero ? __byte_perm(raw.x, raw.y, 0x7632) : V::Math::pack(V::kMid, V::kMid);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
@@ -355,7 +421,12 @@ class Wide {
         }
         float product[4] = {};
         V::Math::mma(product, a_fragment(weight, n), zeros[0], zeros[1]);
-        of[n / 2].zeros[0] = product[0], of[n / 2].zeros[1] = product[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          totals[h] += __shfl_xor_sync(kFullWarp, totals[h], 1);
+          totals[h] += __shfl_xor_sync(kFullWarp, totals[h], 2);
+          of[n / 2].zeros[h] = product[2 * h];
+        }
       }
 #pragma unroll
       for (int step = 1; step < kMine / 2; step *= 2) {
@@ -372,19 +443,23 @@ class Wide {
     }
   }
 
-  // Adds the weights' sum to the state's total: as they are rounded, so that they remain weights of a mean.
-  __device__ __forceinline__ void add_weights(const uint32_t (&weight)[kTiles][2], const Sums& sums, State& s) const {
-    if (!v_dynamic()) {
-      float product[4] = {};
+  // Adds the weights' sum to the state's total: as they are rounded, so that they remain weights of a mean. `fragment(n, a)`
+  // gives the A fragment of 16 tokens from tile n on.
+  template <class Fragment>
+  __device__ __forceinline__ static void add_weights(State& s, Fragment fragment) {
+    float product[4] = {};
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) V::Math::mma(product, a_fragment(weight, n), V::Math::kOnes, V::Math::kOnes);
-      s.total[0] += product[0], s.total[1] += product[2];
-      return;
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t a[4];
+      fragment(n, a);
+      V::Math::mma(product, a, V::Math::kOnes, V::Math::kOnes);
     }
+    s.total[0] += product[0], s.total[1] += product[2];
+  }
+  __device__ __forceinline__ static void add_sums(const Sums& sums, State& s) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float pair = sums.total[h] + __shfl_xor_sync(kFullWarp, sums.total[h], 1);
-      s.total[h] += pair + __shfl_xor_sync(kFullWarp, pair, 2);
+      s.total[h] += sums.total[h];
       s.zeros[h] += sums.zeros[h];
     }
   }
@@ -396,23 +471,26 @@ class Wide {
   }
 
   // out += P V for this warp's channels.
-  __device__ __forceinline__ void add_values(uint32_t slot, const uint32_t (&weight)[kTiles][2], State& s) const {
+  template <class Fragment>
+  __device__ __forceinline__ void add_values(uint32_t slot, int row0, State& s, Fragment fragment) const {
     const int lane = thread() % 32;
 #pragma unroll
     for (int at = 0; at < kWideBlock; at += 32) {
       uint32_t word[kOwn][2][kVWords][2];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
+        uint32_t a[4];
+        fragment(at / 8 + 2 * step, a);
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) {
           if (!has_slice(own)) continue;
-          load_values<S, V, false>(word[own], step, slot + at * S::kVRow, part() + own * kSplit, lane);
+          load_values<S, V, false>(word[own], step, slot + (row0 + at) * S::kVRow, part() + own * kSplit, lane);
           uint32_t v[2][4];
           V::v_fragments(word[own][step], v);
 #pragma unroll
           for (int tile = 0; tile < 2; ++tile) {
-            V::Math::mma(s.out[own][2 * tile], a_fragment(weight, at / 8 + 2 * step), v[tile][0], v[tile][2]);
-            V::Math::mma(s.out[own][2 * tile + 1], a_fragment(weight, at / 8 + 2 * step), v[tile][1], v[tile][3]);
+            V::Math::mma(s.out[own][2 * tile], a, v[tile][0], v[tile][2]);
+            V::Math::mma(s.out[own][2 * tile + 1], a, v[tile][1], v[tile][3]);
           }
         }
       }
