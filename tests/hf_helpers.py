@@ -198,6 +198,7 @@ class ReferenceCache(DynamicCache):
 
     def _through(self, x: Tensor, fmt: Format, params: Tensor) -> Tensor:
         rows = x.transpose(1, 2)
+        params = params.to(x.device)
         codes, meta = reference.encode(rows.flatten(0, 1), fmt, params)
         values = reference.decode(codes, meta, fmt, params)
         return values.view(rows.shape).transpose(1, 2).to(self.dtype)
