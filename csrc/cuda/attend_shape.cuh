@@ -79,9 +79,10 @@ struct Shape {
   // Narrow tiles, behind their queries: weights [token][query row], 16 bits.
   static constexpr int kWeightBytes = kNarrowBlock * kNarrowRows * 2;
   static constexpr int kNarrowBytes = kNarrowRows * kQueryRow + kWeightBytes;
-  // Blocks of 64 tokens that wide tiles score together, where slots for them come together: fewer barriers.
-  static constexpr int kWideBlocks =
-      kDecode && K::kInteger && V::kInteger && (kTogether > 1 || kStageTokens > 64) ? 2 : 1;
+  // Blocks of 64 tokens that wide tiles score together, where slots for them come together: fewer barriers. At d = 96 two kinds
+  // of copies leave no registers for it.
+  static constexpr bool kPairs = kDecode && K::kInteger && V::kInteger && (kTogether > 1 || kStageTokens > 64);
+  static constexpr int kWideBlocks = kPairs && !(D == 96 && kKRow != kVRow) ? 2 : 1;
   static constexpr int kWideStep = kWideBlocks * kWideBlock;
   // Wide tiles whose rows warps share, behind their queries: weights as A fragments [block][tile of 16 rows][k-step][lane][8],
   // and what V's scales make of them, [block][warp][16 rows][2] fp32.

@@ -146,10 +146,10 @@ class Queue {
     if constexpr (kHolds) {
       if (now.left == 0) {
         if (!next_run(now, block_, values)) {
+          __syncwarp();  // all have read what is now written anew
           if (threadIdx.x % 32 == 0) next_pass(cursor());
           recall();
           now = run_;
-          __syncwarp();  // all have read it
         }
       }
       run_ = now;
