@@ -17,8 +17,7 @@ struct alignas(16) Run {
 };
 struct alignas(16) Block {
   int token, size;  // the first, and how many
-  int high;         // end of the keys that the pass sees
-  int end;          // of the item's tokens
+  int end;          // of the item's tokens that the pass sees
 };
 
 // Where the stream stands. Each warp keeps its own in shared memory, as registers are scarce; the decode kernel has some for
@@ -60,8 +59,7 @@ class Queue {
     }
     set_turn(make_int2(1, 0));
     recall();
-    const Run now = run();
-    if (now.left != 0) fetch_pages(now);
+    begin_pages();
 #pragma unroll 1
     for (int i = 0; i < S::kStages - 1; ++i) issue(i);
   }
@@ -116,67 +114,87 @@ class Queue {
   // The cursor has moved.
   __device__ __forceinline__ void recall() {
     __syncwarp();
-    if constexpr (kHolds) run_ = cursor().run, block_ = cursor().block, table_ = cursor().table;
+    if constexpr (kHolds) run_ = cursor().run, block_ = cursor().block;
   }
 
   __device__ __forceinline__ void issue(int write) {
     Run now = run();
-    if (now.left != 0) {
-      const uint32_t slot = shared_base() + write * S::kSlotBytes;
-      const bool values = now.left < 0;
-      const uint8_t* codes = cursor().codes[values];
-      if (S::kKRow == S::kVRow || !values) {
-        copy_codes<S::kKRow / 16>(codes, slot, now);
-      } else {
-        copy_codes<S::kVRow / 16>(codes, slot, now);
-      }
-      if constexpr (K::kInteger || V::kInteger) {
-        if (!values && copies_scales_) copy_scales(slot, now);
-      }
-      now.token += S::kStageTokens;
-      now.left += values ? 1 : -1;
-      move_on(now, values);
-      if (now.left != 0) fetch_pages(now);
+    const bool going = now.left != 0, values = now.left < 0;
+    const uint32_t slot = shared_base() + write * S::kSlotBytes;
+    const uint8_t* codes = cursor().codes[values];
+    if (S::kKRow == S::kVRow || !values) {
+      copy_codes<S::kKRow / 16>(codes, slot, now, going);
+    } else {
+      copy_codes<S::kVRow / 16>(codes, slot, now, going);
+    }
+    if constexpr (K::kInteger || V::kInteger) {
+      if (copies_scales_ && now.left > 0) copy_scales(slot, now);
     }
     copy_commit();
+    now.token += S::kStageTokens;
+    now.left += values ? 1 : -1;
+    move_on(now, going, values);
   }
 
   // A slot of the run is on its way: `now` becomes what comes next.
-  __device__ __forceinline__ void move_on(Run& now, bool values) {
-    if constexpr (kHolds) {
-      if (now.left == 0) {
-        if (!next_run(now, block_, values)) {
-          __syncwarp();  // all have read what is now written anew
-          if (threadIdx.x % 32 == 0) next_pass(cursor());
-          recall();
-          now = run_;
-        }
-      }
-      run_ = now;
-    } else {
+  __device__ __forceinline__ void move_on(Run& now, bool going, bool values) {
+    if (!going) return;
+    if constexpr (!kHolds) {
       __syncwarp();  // all have read what is now written anew
-      if (threadIdx.x % 32 == 0) {
-        Cursor& c = cursor();
-        c.run = now;
-        if (now.left == 0 && !next_run(c.run, c.block, values)) next_pass(c);
-      }
+      if (threadIdx.x % 32 == 0) cursor().run = now;
       __syncwarp();
-      now = cursor().run;
     }
+    if (now.left == 0) {
+      bool same_pass;
+      if constexpr (kHolds) {
+        same_pass = next_run(now, block_, values);
+      } else {
+        same_pass = !values || cursor().block.token + cursor().block.size < cursor().block.end;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) next_run(cursor().run, cursor().block, values);
+      }
+      if (!same_pass) {
+        __syncwarp();  // all have read what is now written anew
+        if (threadIdx.x % 32 == 0) next_pass(cursor());
+      }
+      if (!kHolds || !same_pass) {
+        recall();
+        now = run();
+      }
+      if (!same_pass) {
+        begin_pages();
+      } else if (values) {
+        turn_pages();
+      }
+    }
+    if constexpr (kHolds) run_ = now;
   }
 
   // log2 of the page size.
   __device__ __forceinline__ int page_shift() const { return kHolds ? shift_ : 31 - __clz(opaque(p_.page_size)); }
 
-  // Page ids of the next slot: lane l has that of the 16 tokens from 16 l on. They come a slot ahead of their use. A table
-  // that names no page of the pool gives wrong numbers, not a fault.
-  static constexpr int kGroups = S::kStageTokens / 16;
-  __device__ __forceinline__ void fetch_pages(const Run& run) {
-    const int at = min(max(run.token + static_cast<int>(16 * (opaque(threadIdx.x) % kGroups)), run.low), run.stop - 1);
-    pages_ = __ldg((kHolds ? table_ : cursor().table) + (at >> page_shift()));
+  // Page ids of the block: lane l has that of the 16 tokens from 16 l on; and those of the next one, on their way. A table that
+  // names no page of the pool gives wrong numbers, not a fault.
+  static_assert(kNarrowBlock <= 32 * 16 && S::kWideStep <= 32 * 16, "a lane for each page");
+  __device__ __forceinline__ int32_t fetch_pages(int first) const {
+    const int at = min(max(first + static_cast<int>(16 * (opaque(threadIdx.x) % 32)), run().low), block().end - 1);
+    return __ldg(cursor().table + (at >> page_shift()));
   }
-  __device__ uint32_t page_of(int row) const {
-    return min(static_cast<uint32_t>(__shfl_sync(0xffffffffu, pages_, row / 16)), p_.max_page);
+  // A pass has begun.
+  __device__ __forceinline__ void begin_pages() {
+    if (run().left == 0) return;
+    next_pages_ = fetch_pages(block().token);
+    turn_pages();
+  }
+  // A block has begun.
+  __device__ __forceinline__ void turn_pages() {
+    pages_ = min(static_cast<uint32_t>(next_pages_), p_.max_page);
+    next_pages_ = fetch_pages(block().token + block().size);
+  }
+  __device__ __forceinline__ const Block& block() const { return kHolds ? block_ : cursor().block; }
+  // That of a row of the slot that begins at a token.
+  __device__ uint32_t page_of(int token, int row) const {
+    return __shfl_sync(0xffffffffu, pages_, (token - block().token + row) / 16);
   }
 
   // Slots of `tokens` tokens.
@@ -185,7 +203,7 @@ class Queue {
   }
   __device__ __forceinline__ static void begin_block(Run& run, const Block& block) {
     run.token = block.token;
-    run.stop = min(block.high, block.token + block.size);
+    run.stop = min(block.end, block.token + block.size);
     run.left = slots(run.stop - run.token);
   }
   // After K the values of the same block, after those the next block; false at the end of the pass.
@@ -210,7 +228,7 @@ class Queue {
       const Pass pass(item, group, c.first_row, S::kMaxRows, S::kWideStep, p_.window_left);
       if (pass.begin >= pass.end) continue;
       c.run.low = pass.low;
-      c.block = {pass.begin, pass.block, pass.high, pass.end};
+      c.block = {pass.begin, pass.block, pass.end};
       c.table = p_.block_table + item.seq * p_.table_stride;
       begin_block(c.run, c.block);
       return;
@@ -221,7 +239,7 @@ class Queue {
   // kStageTokens rows of kUnits * 16 bytes, from the run's token on. Rows outside low .. stop - 1 are zero and are not fetched,
   // nor are their page ids read. `codes`: the kv head's in page 0.
   template <int kUnits>
-  __device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, const Run& run) {
+  __device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, const Run& run, bool going) {
     const int first = run.token, low = run.low, stop = run.stop;
     constexpr int kRow = 16 * kUnits, kPieces = S::kStageTokens * kUnits, kEach = (kPieces + kThreads - 1) / kThreads;
     const int shift = page_shift();
@@ -231,7 +249,7 @@ class Queue {
       const unsigned row = piece / kUnits, unit = piece % kUnits;
       return slot + row * kRow + ((unit ^ Swizzle<kUnits>::of(row)) << 4);
     };
-    if (shift >= 6 && first >= low && first + S::kStageTokens <= stop) {
+    if (going && shift >= 6 && first >= low && first + S::kStageTokens <= stop) {
       // 64 tokens are one run of bytes. A thread's pieces lie at one unit, rows apart, and may be swizzled alike.
       constexpr bool kEven = kThreads % kUnits == 0 && kThreads / kUnits % 8 == 0;
       constexpr int kRuns = S::kStageTokens / 64, kRunPieces = 64 * kUnits;
@@ -242,7 +260,7 @@ class Queue {
       for (int i = 0; i < kEach; ++i) {
         if (i * kThreads % kRunPieces == 0) {
           const unsigned token = first + i * kThreads / kUnits;
-          from = codes + (static_cast<uint64_t>(page_of(i * kThreads / kUnits)) * page_bytes +
+          from = codes + (static_cast<uint64_t>(page_of(first, i * kThreads / kUnits)) * page_bytes +
                           ((token & mask) * kRow + thread * 16));
         }
         if (kPieces % kThreads == 0 || thread + i * kThreads < kPieces) {
@@ -252,11 +270,12 @@ class Queue {
       }
       return;
     }
+    if (!going) return;
 #pragma unroll 1
     for (unsigned piece = thread; piece < ceil_div(kPieces, kThreads) * kThreads; piece += kThreads) {
       const unsigned row = piece / kUnits, unit = piece % kUnits;
       const int token = first + static_cast<int>(row);
-      const uint32_t page = page_of(row), offset = (token & mask) * kRow + unit * 16;
+      const uint32_t page = page_of(first, row), offset = (token & mask) * kRow + unit * 16;
       const bool seen = token >= low && token < stop;
       if (kPieces % kThreads == 0 || piece < kPieces) {
         copy_async(place(piece), codes + (static_cast<uint64_t>(page) * page_bytes + offset), seen ? 16 : 0);
@@ -272,7 +291,7 @@ class Queue {
     const uint8_t* meta = warp == 0 ? p_.k_cache.meta : p_.v_cache.meta;
     const uint32_t to = slot + (warp == 0 ? S::kKMeta : S::kVMeta) + lane * 16;
     const int bytes = format.meta_bytes(), tokens = 16 / bytes, shift = page_shift();
-    const uint32_t page = page_of(min(static_cast<int>(lane) * tokens, S::kStageTokens - 1));
+    const uint32_t page = page_of(first, min(static_cast<int>(lane) * tokens, S::kStageTokens - 1));
     if (lane * tokens >= S::kStageTokens) return;
     const int token = first + static_cast<int>(lane) * tokens;
     int valid = min(stop - token, tokens);
@@ -283,13 +302,13 @@ class Queue {
   }
 
   const AttendParams& p_;
-  int32_t pages_;
+  uint32_t pages_;
+  int32_t next_pages_;
   bool copies_scales_;
   // Of the cursor, where they are held; see there.
   Run run_;
   Block block_;
   int2 turn_;
-  const int32_t* table_;
   int shift_;
 };
 

@@ -230,7 +230,7 @@ class Wide {
         x[n][2] = x[n][3] = start[1];
       }
     }
-#pragma unroll
+#pragma unroll(kSplit == 4 ? 2 : kSlices)
     for (int slice = 0; slice < kSlices; slice += kSpan) {
       const int lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane);
       const uint32_t keys = slot + (row0 + 8 * first_tile() + key_row) * S::kKRow;
