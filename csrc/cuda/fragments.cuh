@@ -40,31 +40,31 @@ __device__ __forceinline__ uint2 load_scales(const Format& format, uint32_t meta
   return raw;
 }
 
-// Words of kSpan slices of 32 channels, kKeySpan at the best, from `slice` on, of 16 tokens: [slice][unit][tokens 0..7, 8..15]. `row`, `swizzle`
-// and `high` are of the row and unit that this lane names: KeyLane. Tensor cores want the registers of a fragment in a row,
-// and 16-bit elements are fragments as they come: kByTokens puts a token's two units side by side, as a B fragment has
-// them; otherwise the two halves of the tokens are, as in an A fragment.
+// Words of kSpan slices of 32 channels, kKeySpan at the best, from `slice` on, of 16 tokens: [slice][unit][tokens 0..7, 8..15]. `row`: address
+// of the row that this lane names; `high`: which of two units; `first`: where unit `high` lies in the row: KeyLane. Tensor cores
+// want the registers of a fragment in a row, and 16-bit elements are fragments as they come: kByTokens puts a token's two units
+// side by side, as a B fragment has them; otherwise the two halves of the tokens are, as in an A fragment.
 template <class K>
 constexpr int kKeySpan = K::kBits == 4 ? 2 : 1;
 template <bool kByTokens>
 struct KeyLane {
-  __device__ static __forceinline__ int row(int lane) { return kByTokens ? lane % 8 + lane / 16 * 8 : lane % 16; }
-  __device__ static __forceinline__ int high(int lane) { return kByTokens ? lane / 8 % 2 : lane / 16; }
+  __device__ static __forceinline__ unsigned row(unsigned lane) { return kByTokens ? lane % 8 + lane / 16 * 8 : lane % 16; }
+  __device__ static __forceinline__ unsigned high(unsigned lane) { return kByTokens ? lane / 8 % 2 : lane / 16; }
 };
 template <class S, class K, bool kByTokens, int kSpan>
 __device__ __forceinline__ void load_keys(uint32_t (&word)[kSpan][K::kBits / 4][2], int slice, uint32_t row,
-                                          int swizzle, int high) {
+                                          uint32_t first, unsigned high) {
   constexpr int kUnits = S::kKRow / 16, kWords = K::kBits / 4;
   if constexpr (kSpan * kWords == 1) {
     static_assert(!kByTokens, "one unit has no neighbour");
-    load_tiles(word[0][0], row + ((slice ^ swizzle) << 4));
+    load_tiles(word[0][0], row + (first ^ (slice << 4)));
   } else {
 #pragma unroll
     for (int i = 0; i < kSpan * kWords; i += 2) {
       const int unit = slice * kWords + i;
       const bool both = unit + 1 < kUnits;  // the last one may be single
       uint32_t r[4];
-      load_tiles(r, row + (((both ? unit + high : unit) ^ swizzle) << 4));
+      load_tiles(r, row + ((both ? first : first ^ (high << 4)) ^ (unit << 4)));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (j == 1 && !both) continue;

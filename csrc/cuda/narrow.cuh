@@ -25,7 +25,11 @@ class Narrow {
         warp_(opaque(threadIdx.x) / 32),
         lane_(opaque(threadIdx.x) % 32),
         g_(lane_ / 4),
-        t_(lane_ % 4) {}
+        t_(lane_ % 4) {
+    const unsigned lane = opaque(threadIdx.x) % 32, row = warp_ * 16 + KeyLane<false>::row(lane);
+    key_row_ = row * S::kKRow;
+    key_unit_ = (KeyLane<false>::high(lane) ^ Swizzle<S::kKRow / 16>::of(row)) << 4;
+  }
 
   __device__ __forceinline__ void run() {
     const Current& now = current();
@@ -98,10 +102,9 @@ class Narrow {
 
   // --- scores --------------------------------------------------------------------------------------------------------
 
-  // Logits times log2(e) of 16 tokens and 8 query rows, as a C fragment; in two chains of sums.
+  // Logits times log2(e) of this warp's 16 of 64 tokens and 8 query rows, as a C fragment; in two chains of sums.
   __device__ __forceinline__ void score(uint32_t slot, int row0, float (&x)[4]) const {
-    constexpr int kUnits = S::kKRow / 16;
-    const int lane = opaque(lane_), row = row0 + KeyLane<false>::row(lane);
+    const uint32_t keys = slot + row0 * S::kKRow + key_row_;
     float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const float2 start = pair(Rows::correction());
     x[0] = x[2] = start.x;
@@ -112,8 +115,7 @@ class Narrow {
     for (int slice = 0; slice < kSlices; ++slice) {
       uint32_t a[2][4];
       if (slice % kKeySpan<K> == 0) {
-        load_keys<S, K, false, kKeySpan<K>>(word, slice, slot + row * S::kKRow, Swizzle<kUnits>::of(row),
-                                            KeyLane<false>::high(lane));
+        load_keys<S, K, false, kKeySpan<K>>(word, slice, keys, key_unit_, static_cast<unsigned>(lane_) / 16);
       }
       K::k_fragments(word[slice % kKeySpan<K>], a);
       const uint4 q = load_shared(shared_base() + S::narrow_query(g_, slice) + t_ * 16);  // of two k-steps
@@ -129,7 +131,7 @@ class Narrow {
         const float2 sum = pair(Rows::sum());
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const uint32_t raw = load_scale(format, slot + S::kKMeta, row0 + g_ + 8 * h);
+          const uint32_t raw = load_scale(format, slot + S::kKMeta, row0 + 16 * warp_ + g_ + 8 * h);
           const Scale k = unpack_scale<K>(raw, format.stored_zero);
           x[2 * h] = fmaf(-k.zero, sum.x, x[2 * h]) * k.scale;
           x[2 * h + 1] = fmaf(-k.zero, sum.y, x[2 * h + 1]) * k.scale;
@@ -164,6 +166,7 @@ class Narrow {
     // A round a time, so that there is little code: a short batch spends its time fetching it. Tiles move up to make room.
     constexpr int kRound = S::kTogether > 1 ? 2 : 1, kRoundStages = (kRound + kStageTiles - 1) / kStageTiles;
     static_assert(kRound % kStageTiles == 0, "whole slots");
+    const bool whole = token >= pass.whole_begin && token + kNarrowBlock <= pass.whole_end;
     int first = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kMaxStages; stage += kRoundStages) {
@@ -181,11 +184,9 @@ class Narrow {
         const int slot_at = stage + i / kStageTiles;
         if (slot_at < num_stages) {
           const uint32_t slot = queue_.slot(first, slot_at % S::kTogether);
-          const int row0 = i % kStageTiles * 64 + 16 * warp_;
-          const int key = token + slot_at * S::kStageTokens + row0;
+          const int row0 = i % kStageTiles * 64, key = token + slot_at * S::kStageTokens + row0 + 16 * warp_;
           score(slot, row0, scores);
-          const bool whole = token >= pass.whole_begin && token + kNarrowBlock <= pass.whole_end;
-          load_v_scales(slot, row0, key, whole, scale);
+          load_v_scales(slot, row0 + 16 * warp_, key, whole, scale);
           if (!whole) mask(scores, key);
         } else {
           scale[0] = scale[1] = 0;
@@ -489,6 +490,7 @@ class Narrow {
   const AttendParams& p_;
   Queue<S, K, V, D>& queue_;
   const int warp_, lane_, g_, t_;
+  uint32_t key_row_, key_unit_;  // of the row that this lane names in score()
 };
 
 }  // namespace foldkv::cuda

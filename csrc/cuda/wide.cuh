@@ -232,9 +232,9 @@ class Wide {
     }
 #pragma unroll(kSplit == 4 ? 2 : kSlices)
     for (int slice = 0; slice < kSlices; slice += kSpan) {
-      const int lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane);
+      const unsigned lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane), high = KeyLane<kByTokens>::high(lane);
       const uint32_t keys = slot + (row0 + 8 * first_tile() + key_row) * S::kKRow;
-      const int swizzle = Swizzle<kUnits>::of(key_row), high = KeyLane<kByTokens>::high(lane);
+      const uint32_t first = (high ^ Swizzle<kUnits>::of(key_row)) << 4;
       uint32_t q[kSpan][2][4];
 #pragma unroll
       for (int i = 0; i < kSpan && slice + i < kSlices; ++i) {
@@ -247,7 +247,7 @@ class Wide {
 #pragma unroll
       for (int n = 0; n < kMine; n += 2) {
         uint32_t word[kSpan][kKWords][2];
-        load_keys<S, K, kByTokens, kSpan>(word, slice, keys + 8 * n * S::kKRow, swizzle, high);
+        load_keys<S, K, kByTokens, kSpan>(word, slice, keys + 8 * n * S::kKRow, first, high);
 #pragma unroll
         for (int i = 0; i < kSpan && slice + i < kSlices; ++i) {
           uint32_t k[2][4];
