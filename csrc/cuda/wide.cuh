@@ -230,9 +230,10 @@ class Wide {
         x[n][2] = x[n][3] = start[1];
       }
     }
-#pragma unroll(kSplit == 4 ? 2 : kSlices)
+#pragma unroll
     for (int slice = 0; slice < kSlices; slice += kSpan) {
-      const unsigned lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane), high = KeyLane<kByTokens>::high(lane);
+      const unsigned lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane),
+                     high = KeyLane<kByTokens>::high(lane);
       const uint32_t keys = slot + (row0 + 8 * first_tile() + key_row) * S::kKRow;
       const uint32_t first = (high ^ Swizzle<kUnits>::of(key_row)) << 4;
       uint32_t q[kSpan][2][4];
