@@ -43,6 +43,7 @@ struct RowInfo;
 template <class K, class V, int D, int MaxRows>
 struct Shape {
   static constexpr int kMaxRows = MaxRows;
+  static constexpr bool kVInteger = V::kInteger;
   static constexpr bool kDecode = MaxRows == kWideRows;
   static constexpr int kSlices = D / 32;  // of 32 channels
   static constexpr int kKRow = row_bytes(K::kBits, D), kVRow = row_bytes(V::kBits, D);

@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(kThreads)
     if (token >= item.q_count) continue;
     const Parts<D> parts = {p, item.first_partial + token, item.q_count, item.parts, head};
     float2 next = parts.state(lane);
+    if (integer) prefetch_params(p, p.v_cache.params, D, head / (p.h_q / p.h_kv), threadIdx.x);
     parts.fetch(0, warp, lane, staged.part[warp]);
     parts.fetch(kBatch, warp, lane, staged.part[warp]);
     Row<kEach> row;

@@ -27,6 +27,13 @@ __device__ __forceinline__ Rescale rescale(int max_a, int max_b) {
 // a * scale_a + b * scale_b; the products are exact.
 __device__ __forceinline__ float fold(float a, float b, const Rescale& r) { return fmaf(b, r.b, __fmul_rn(a, r.a)); }
 
+// Ask for the parameters of one kv head; 64 bytes a thread.
+__device__ __forceinline__ void prefetch_params(const AttendParams& p, const float* params, int d, int kv_head,
+                                                unsigned thread) {
+  const int at = static_cast<int>(thread) * 16;
+  if (at < kNumParamRows * d) prefetch(params + (static_cast<int64_t>(at / d) * p.h_kv + kv_head) * d + at % d);
+}
+
 // Undo V's transform, weigh in the sink, normalise, write; x is used up. The state: x [D] and total, both times
 // 2^(max - boost). Static zeros are still in x; dynamic ones are out.
 template <int D>

@@ -26,7 +26,8 @@ class Queries {
   __device__ static Current& mutable_current() { return *reinterpret_cast<Current*>(shared_memory + S::kPassAt); }
   __device__ static const Current& current() { return mutable_current(); }
 
-  // Ask for the query rows of an item and the parameters of K, so that they come while the queue starts.
+  // Ask for the query rows of an item and the parameters, so that they come while the queue starts, and those of V before they
+  // are wanted at the item's end.
   __device__ __forceinline__ static void prefetch_rows(const AttendParams& p, const WorkItem& item, int kv_head,
                                                        unsigned thread) {
     const int element = p.q.dtype == DType::Float32 ? 4 : 2, group = p.h_q / opaque(p.h_kv);
@@ -36,12 +37,8 @@ class Queries {
                            (kv_head * group + row % group) * p.q.head_stride + at;
       prefetch(static_cast<const uint8_t*>(p.q.data) + from * element);
     }
-    if constexpr (K::kInteger) {
-      const int line = thread * 16;  // 64 bytes
-      if (line < kNumParamRows * D) {
-        prefetch(p.k_cache.params + (static_cast<int64_t>(line / D) * p.h_kv + kv_head) * D + line % D);
-      }
-    }
+    if constexpr (K::kInteger) prefetch_params(p, p.k_cache.params, D, kv_head, thread);
+    if constexpr (S::kVInteger) prefetch_params(p, p.v_cache.params, D, kv_head, thread ^ 64);
   }
 
   // Makes a worker's items the current ones; a barrier must follow.
