@@ -65,6 +65,7 @@ def _layer(model: PreTrainedModel, base: Any, layer: Any, max_position: int) -> 
     weight = (q_var + q_mean.square()).view(h_kv, group, d).mean(1)
     columns = attention.o_proj.weight.double().square().sum(0).view(h_kv, group, d).sum(1)
     k = _stats(offsets.amin(0), offsets.amax(0), offsets.mean(0), power + offsets.var(0, correction=0), power, weight)
+    k.query = turned(q_mean.view(h_kv, group, d).mean(1), cos, sin).mean(0).float().cpu()
     v = _stats(v_mean, v_mean, v_mean, v_var, v_var, columns)
     return LayerStats(k, v)
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from quant.errors import ArgumentError, describe
-from quant.pages import BALANCE, MEAN, SCALE, ZERO, identity_params
+from quant.pages import BALANCE, MEAN, QUERY, SCALE, ZERO, identity_params
 from quant.scales import KVScales, StaticScale, TensorStats
 from quant.spec import Format, KVSpec
+from quant.steering import MAX_DIRECTION
 
 # A channel's balance stays within this factor of its head's median: a channel that hardly moved or hardly mattered
 # during calibration may do either later.
@@ -25,7 +26,7 @@ _TINY = 2.0**-100
 def layer_params(
     scales: KVScales, layer_idx: int, spec: KVSpec, head_room: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Parameters fp32 `[4, h_kv, d]` (rows of `quant.pages`) of K and of V of one layer.
+    """Parameters fp32 `[5, h_kv, d]` (rows of `quant.pages`) of K and of V of one layer.
 
     head_room: widens static ranges by this factor, for text longer or stranger than what was calibrated on; default
         `HEAD_ROOM_8BIT` from 8 bits on, 1 below.
@@ -36,18 +37,27 @@ def layer_params(
 
 
 def tensor_params(stats: TensorStats, fmt: Format, head_room: float | None = None) -> Tensor:
-    """Parameters fp32 `[4, h_kv, d]` of one tensor stored as `fmt`."""
+    """Parameters fp32 `[5, h_kv, d]` of one tensor stored as `fmt`."""
     params = identity_params(fmt, stats.h_kv, stats.head_dim)
     if fmt.is_static:
         static = stats.static
         if static is None or static.fmt != str(fmt) or head_room is not None:
             static = static_scale(stats, fmt, head_room)
         params[SCALE], params[ZERO] = static.scale[:, 0], static.zero_point[:, 0]
+    if fmt.steers_rounding and fmt.scaling == "channel" and stats.query is not None:
+        params[QUERY] = query_direction(stats.query, params[SCALE])
     if fmt.center:
         params[MEAN] = stats.mean
     if fmt.balance:
         params[BALANCE] = balance(stats)
     return params
+
+
+def query_direction(query: Tensor, scale: Tensor) -> Tensor:
+    """The direction `[h_kv, d]` that `quant.steering` takes: mean query times scale, in whole numbers up to `MAX_DIRECTION`."""
+    per_code = query.double() * scale.double()
+    largest = per_code.abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, per_code / largest * MAX_DIRECTION, 0.0).round().float()
 
 
 def static_scale(stats: TensorStats, fmt: Format, head_room: float | None = None) -> StaticScale:

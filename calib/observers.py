@@ -72,8 +72,8 @@ class TensorObserver:
         self.tokens = total
         self._sample[sample.slots.to(rows.device)] = rows[sample.rows.to(rows.device)]
 
-    def finish(self, weight: Tensor) -> TensorStats:
-        """The statistics, on the CPU. weight: `[h_kv, d]`, see `TensorStats`."""
+    def finish(self, weight: Tensor, query: Tensor | None = None) -> TensorStats:
+        """The statistics, on the CPU. weight, query: `[h_kv, d]`, see `TensorStats`."""
         rows = self._sample[: self.tokens].float()
         sample = rows.sort(0).values
         return TensorStats(
@@ -84,12 +84,13 @@ class TensorObserver:
             percentiles=_percentiles(sample, PERCENTILES).cpu(),
             weight=weight.float().cpu(),
             tokens=self.tokens,
+            query=None if query is None else query.float().cpu(),
             sample=rows.cpu(),
         )
 
 
 class LayerObserver:
-    """K, V and the second moment of Q of one layer."""
+    """K, V and the first two moments of Q of one layer."""
 
     def __init__(self, layer_idx: int, k: Tensor, v: Tensor, sample_size: int) -> None:
         self.layer_idx = layer_idx
@@ -97,13 +98,15 @@ class LayerObserver:
         self.v = TensorObserver(v, sample_size)
         self.output_weight = torch.ones(v.shape[1:])
         self._query_squares = torch.zeros_like(self.k._mean)
+        self._query_sum = torch.zeros_like(self.k._mean)
 
     def update(self, q: Tensor, k: Tensor, v: Tensor, sample: TokenSample) -> None:
         """Take in rows of the same tokens: q `[tokens, h_q, d]`, k and v `[tokens, h_kv, d]`."""
         self.k.update(k, sample)
         self.v.update(v, sample)
-        grouped = q.float().square().view(len(q), k.shape[1], -1, k.shape[2])
-        self._query_squares += grouped.mean(2).sum(0)
+        grouped = q.float().view(len(q), k.shape[1], -1, k.shape[2])
+        self._query_squares += grouped.square().mean(2).sum(0)
+        self._query_sum += grouped.mean(2).sum(0)
 
     def check_finite(self) -> None:
         """CalibrationError naming layer, tensor and head if a NaN or an infinity came by."""
@@ -118,9 +121,9 @@ class LayerObserver:
 
     def finish(self) -> LayerStats:
         """The statistics of the layer, checked."""
-        stats = LayerStats(
-            self.k.finish(self._query_squares / max(self.k.tokens, 1)), self.v.finish(self.output_weight)
-        )
+        tokens = max(self.k.tokens, 1)
+        k = self.k.finish(self._query_squares / tokens, self._query_sum / tokens)
+        stats = LayerStats(k, self.v.finish(self.output_weight))
         stats.check(self.layer_idx, CalibrationError)
         return stats
 

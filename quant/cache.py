@@ -66,7 +66,7 @@ class PagedKVCache:
         return len(self.layers) - 1
 
     def set_params(self, layer: int, k_params: Tensor, v_params: Tensor) -> None:
-        """Copy fp32 `[4, h_kv, d]` scale parameters of a layer into place: addresses stay, so captured graphs see them.
+        """Copy fp32 `[5, h_kv, d]` scale parameters of a layer into place: addresses stay, so captured graphs see them.
 
         Errors: ArgumentError for a wrong shape or values no scale may have; then neither K nor V changes.
         """

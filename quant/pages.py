@@ -11,13 +11,13 @@ from .errors import ArgumentError, describe
 from .layout import meta_page_bytes, page_bytes
 from .spec import Format, KVSpec, check_head_dim, check_page_size
 
-# Rows of a params tensor, fp32 [4, h_kv, d].
-SCALE, ZERO, MEAN, BALANCE = range(4)
+# Rows of a params tensor, fp32 [5, h_kv, d].
+SCALE, ZERO, MEAN, BALANCE, QUERY = range(5)
 
 
 def identity_params(fmt: Format, h_kv: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Params that change nothing: fp32 `[4, h_kv, d]` with scale 1, the format's middle code as zero, mean 0, balance 1."""
-    params = torch.zeros(4, h_kv, head_dim, dtype=torch.float32, device=device)
+    """Params that change nothing: fp32 `[5, h_kv, d]`, scale 1, the format's middle code as zero, mean 0, balance 1, query 0."""
+    params = torch.zeros(5, h_kv, head_dim, dtype=torch.float32, device=device)
     params[SCALE] = params[BALANCE] = 1.0
     if fmt.element.is_integer:
         params[ZERO] = float(fmt.element.mid_code)
@@ -30,7 +30,8 @@ class PagedTensor:
 
     codes:  uint8 `[num_pages, h_kv, page_size * row_bytes]`.
     meta:   uint8 `[num_pages, h_kv, page_size * meta_bytes]`, dynamic scale data; zero bytes wide for other formats.
-    params: fp32 `[4, h_kv, d]`: static scale, zero, mean, balance; rewritten in place, so its address is stable.
+    params: fp32 `[5, h_kv, d]`: static scale, zero, mean, balance, and the direction of queries (`quant.steering`); rewritten in
+            place, so its address is stable.
     """
 
     fmt: Format
@@ -52,7 +53,7 @@ class PagedTensor:
         return self.codes.nbytes + self.meta.nbytes + self.params.nbytes
 
     def set_params(self, params: Tensor) -> None:
-        """Copy fp32 `[4, h_kv, d]` `params` into place (same address, so captured graphs see them)."""
+        """Copy fp32 `[5, h_kv, d]` `params` into place (same address, so captured graphs see them)."""
         if params.shape != self.params.shape:
             raise ArgumentError(describe("params", f"shape {tuple(self.params.shape)}", str(tuple(params.shape))))
         if not torch.isfinite(params).all() or not (params[SCALE] > 0).all() or not (params[BALANCE] > 0).all():

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .dynamic import quantize_rows
-from .pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, PagedTensor
+from .pages import BALANCE, MEAN, QUERY, SCALE, ZERO, LayerPages, PagedTensor
 from .spec import Format
+from .steering import steered_codes
 
 _FLOAT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Dynamic formats cut what they quantise to this magnitude, so that no sum of a rotation overflows.
@@ -58,7 +59,7 @@ def _finite(x: Tensor, bound: Tensor | float) -> Tensor:
 def quantize(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of rows `x`.
 
-    x: `[tokens, h_kv, d]`, any float dtype; an integer format; params: fp32 `[4, h_kv, d]`.
+    x: `[tokens, h_kv, d]`, any float dtype; an integer format; params: fp32 `[5, h_kv, d]`.
     Returns codes int32 `[tokens, h_kv, d]`, scale and zero fp32, `[tokens, h_kv, 1]` for dynamic formats and
     `[h_kv, d]` for static ones. A NaN counts as 0; an infinity takes the end code (static) or the row's largest
     finite magnitude (dynamic).
@@ -78,7 +79,11 @@ def quantize(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor, Te
         codes, scale, zero = quantize_rows(y, fmt)
         return codes.to(torch.int32), scale, zero
     scale, zero = params[SCALE], params[ZERO]
-    codes = torch.round(y / scale + zero).clamp(0, fmt.element.max_code)
+    place = y / scale + zero
+    if fmt.steers_rounding:
+        codes = steered_codes(place, params[QUERY])
+    else:
+        codes = torch.round(place).clamp(0, fmt.element.max_code)
     return codes.to(torch.int32), scale, zero
 
 

@@ -57,6 +57,7 @@ class TensorStats:
     percentiles:         `[len(PERCENTILES), h_kv, d]`.
     weight:              `[h_kv, d]`, what an error in the channel costs. K: E[q_c^2], averaged over the group's query
                          heads. V: the squared norm of o_proj's column, summed over them; 1 where unknown.
+    query:               `[h_kv, d]`, K: the mean query of the head's group, after RoPE. None where unknown, and for V.
     static:              the scale of the static format that was calibrated for, or None.
     sample:              `[n, h_kv, d]`, some of the tokens; there after a calibration, never in a file.
     """
@@ -69,6 +70,7 @@ class TensorStats:
     weight: Tensor
     tokens: int
     static: StaticScale | None = None
+    query: Tensor | None = None
     sample: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -98,6 +100,10 @@ class TensorStats:
                 raise error(describe(f"{where} {name}", f"shape {wanted}", str(got), AGAIN))
             finite = torch.isfinite(getattr(self, name)).view(-1, *shape).all(0)
             _check_heads(finite, f"{where} {name}", "finite values", "NaN or inf", error)
+        if self.query is not None:
+            if tuple(self.query.shape) != shape:
+                raise error(describe(f"{where} query", f"shape {shape}", str(tuple(self.query.shape)), AGAIN))
+            _check_heads(torch.isfinite(self.query), f"{where} query", "finite values", "NaN or inf", error)
         ordered = (self.min <= self.max) & (self.var >= 0) & (self.weight >= 0)
         _check_heads(ordered, where, "min <= max, var >= 0 and weight >= 0", "others", error)
         alive = (self.absmax > 0).any(-1, keepdim=True)
@@ -243,6 +249,8 @@ def _tensor_name(layer_idx: int, tensor: str, part: str) -> str:
 def stats_parts(stats: TensorStats) -> dict[str, Tensor]:
     """The tensors of a file that hold `stats`, by the last part of their names."""
     parts = {name: getattr(stats, name) for name in _STATISTICS}
+    if stats.query is not None:
+        parts["query"] = stats.query
     if stats.static is not None:
         parts |= {"scale": stats.static.scale, "zero_point": stats.static.zero_point}
     parts = {name: value.detach().float().cpu().contiguous().clone() for name, value in parts.items()}
@@ -273,7 +281,8 @@ def _take_stats(idx: int, tensor: str, entry: Mapping[str, Any], tensors: dict[s
     fmt = entry.get(f"{tensor}_format")
     static = None if fmt is None else StaticScale(fmt, take("scale"), take("zero_point"))
     statistics = {name: take(name) for name in _STATISTICS}
-    stats = TensorStats(**statistics, tokens=int(take("tokens").sum()), static=static)
+    query = take("query") if _tensor_name(idx, tensor, "query") in tensors else None  # older files have none
+    stats = TensorStats(**statistics, tokens=int(take("tokens").sum()), static=static, query=query)
     shape = (entry["h_kv"], entry["head_dim"])
     if tuple(stats.min.shape) != shape:
         raise ScaleFileError(describe(where, f"shape {shape}", str(tuple(stats.min.shape)), AGAIN))

@@ -80,6 +80,11 @@ class Format:
         return self.is_dynamic and not self.symmetric and self.element.bits == 4
 
     @property
+    def steers_rounding(self) -> bool:
+        """A row's codes are chosen together (`quant.steering`) where its layer's params hold a direction of queries."""
+        return self.is_static and self.element.bits == 4
+
+    @property
     def meta_bytes(self) -> int:
         """Bytes of dynamic scale data per token and head: bf16 scale, then fp16 zero where asymmetric."""
         return 0 if not self.is_dynamic else 2 if self.symmetric else 4

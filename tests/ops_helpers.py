@@ -55,7 +55,7 @@ def is_float(spec: KVSpec) -> bool:
 
 
 def params_for(fmt: Format, x: Tensor) -> Tensor:
-    """Params fp32 `[4, h_kv, d]` of `fmt`, fitted to rows `x` `[tokens, h_kv, d]` in the plainest way."""
+    """Params fp32 `[5, h_kv, d]` of `fmt`, fitted to rows `x` `[tokens, h_kv, d]` in the plainest way."""
     x = x.float()
     params = identity_params(fmt, *x.shape[1:], x.device)
     top, mid = fmt.element.max_code, fmt.element.mid_code

@@ -50,7 +50,7 @@ struct CacheShape {
 };
 
 inline CacheShape cache_shape(const Tensor& k_cache, const Tensor& k_params, int64_t page_size) {
-  check_shape(k_params, "k_params", {kNumParamRows, kAny, kAny}, "scale/zero/mean/balance, h_kv, d");
+  check_shape(k_params, "k_params", {kNumParamRows, kAny, kAny}, "scale/zero/mean/balance/query, h_kv, d");
   const int64_t h_kv = k_params.size(1), d = k_params.size(2);
   check(d % 16 == 0 && d >= 16 && d <= kMaxHeadDim, "head_dim: expected a multiple of 16 up to ", kMaxHeadDim, ", got ",
         d);
@@ -70,7 +70,7 @@ inline Cache as_cache(const Tensor& codes, const Tensor& meta, const Tensor& par
                {shape.num_pages, shape.h_kv, int64_t{shape.page_size} * format.meta_bytes()},
                "num_pages, h_kv, page_size * meta_bytes");
   check_tensor(params, is_k ? "k_params" : "v_params", ScalarType::Float, {kNumParamRows, shape.h_kv, shape.d},
-               "scale/zero/mean/balance, h_kv, d");
+               "scale/zero/mean/balance/query, h_kv, d");
   return {static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<uint8_t*>(meta.mutable_data_ptr()),
           static_cast<const float*>(params.const_data_ptr()), format};
 }

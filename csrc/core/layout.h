@@ -28,8 +28,8 @@ constexpr Codec kCodecs[] = {
 constexpr int kNumCodecs = sizeof(kCodecs) / sizeof(kCodecs[0]);
 constexpr int kMaxHeadDim = 512;
 
-// Rows of a params tensor, fp32 [4, h_kv, d].
-enum ParamRow { kScale = 0, kZero = 1, kMean = 2, kBalance = 3, kNumParamRows = 4 };
+// Rows of a params tensor, fp32 [5, h_kv, d].
+enum ParamRow { kScale = 0, kZero = 1, kMean = 2, kBalance = 3, kQuery = 4, kNumParamRows = 5 };
 
 // How K, or V, is stored; the bits of the code are quant.spec.Format.code.
 struct Format {

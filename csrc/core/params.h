@@ -18,7 +18,7 @@ struct Rows {
 struct Cache {
   uint8_t* codes;       // [num_pages, h_kv, page_size * row_bytes]
   uint8_t* meta;        // [num_pages, h_kv, page_size * meta_bytes]; unused unless the format is dynamic
-  const float* params;  // [4, h_kv, d]: static scale, zero, mean, balance
+  const float* params;  // [5, h_kv, d]: static scale, zero, mean, balance, direction of queries
   Format format;
 };
 

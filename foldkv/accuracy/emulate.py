@@ -60,7 +60,7 @@ def like(rows: Tensor, x: Tensor) -> Tensor:
 
 
 def format_codec(fmt: Format, params: Tensor | None) -> Codec:
-    """The reference's codec of `fmt`, exact to the stored bits. params: fp32 `[4, h_kv, d]`, or None for the identity."""
+    """The reference's codec of `fmt`, exact to the stored bits. params: fp32 `[5, h_kv, d]`, or None for the identity."""
 
     def codec(x: Tensor) -> Tensor:
         used = identity_params(fmt, x.shape[1], x.shape[3]) if params is None else params

@@ -37,7 +37,7 @@ class ModeSource(CacheSource):
         self.scales = scales
         used = (specs.default, *specs.layers.values())
         self.quantised = any(_is_quantised(spec) for spec in used)
-        self.searches = any(spec.k.searches_range or spec.v.searches_range for spec in used)
+        self.searches = any(spec.k.searches_range or spec.k.steers_rounding or spec.v.searches_range for spec in used)
 
     @contextmanager
     def open(self, model: PreTrainedModel) -> Iterator[NewCache]:

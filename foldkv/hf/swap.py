@@ -133,7 +133,7 @@ class KVSwap:
 
     @property
     def params(self) -> list[LayerParams]:
-        """K and V params of each layer, fp32 `[4, h_kv, d]`, or None for a layer without scales."""
+        """K and V params of each layer, fp32 `[5, h_kv, d]`, or None for a layer without scales."""
         return self._params
 
     @property
