@@ -3,6 +3,7 @@
 
 #include "core/dynamic.h"
 #include "cpu/rows.h"
+#include "cpu/steering.h"
 #include "cpu/tables.h"
 
 namespace foldkv::FOLDKV_ISA {
@@ -148,8 +149,12 @@ inline int encode_row(const Cache& cache, const cpu::CodecOps& codec, float* x, 
   if (format.rotate) hadamard(x, d);
   int32_t codes[kMaxHeadDim];
   ScaleZero dynamic{};
+  alignas(64) float direction[kMaxHeadDim];
   if (format.dynamic) {
     dynamic = quantize_row(x, d, bits, format.stored_zero, codes);
+  } else if (bits == kSteerBits && read_direction(param(kQuery), d, direction)) {
+    for (int c = 0; c < d; c += 16) store(x + c, load(x + c) / load(param(kScale) + c) + load(param(kZero) + c));
+    steer_row(x, direction, d, codes);
   } else {
     for (int c = 0; c < d; c += 16) {
       istore(codes + c, round_codes(load(x + c), load(param(kScale) + c), load(param(kZero) + c), bits));
