@@ -7,10 +7,12 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/dynamic.h"
 #include "core/params.h"
 #include "cuda/launch.h"
+#include "cuda/row_codes.cuh"
+#include "cuda/row_store.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/steering.cuh"
 
 namespace foldkv::cuda {
 namespace {
@@ -25,9 +27,7 @@ struct Side {
   Cache cache;
   int bits;
   bool integer;
-  bool searches;  // the range of a row
-  float top;  // the largest code
-  float steps, inverse;  // what a dynamic range divides into, and 1 / steps
+  CodeRange range;
   bool vectors;  // rows are 16-byte aligned
 };
 
@@ -44,29 +44,11 @@ struct Launch {
   float norm;  // of the rotation: 1 / sqrt(block)
 };
 
-__device__ __forceinline__ float round_up_to_bf16(float x) {
-  x = fminf(fmaxf(x, kMinScale), kMaxScale);
-  return fminf(__uint_as_float((__float_as_uint(x) + 0xffff) & 0xffff0000u), kMaxScale);
-}
-
 template <int G>
 __device__ __forceinline__ float row_max(float x) {
 #pragma unroll
   for (int step = G / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
   return x;
-}
-
-// Least and greatest of a row from those of its lanes: even lanes gather the greatest, odd ones the least, then they swap.
-template <int G>
-__device__ __forceinline__ void row_range(float& low, float& high) {
-  const bool odd = threadIdx.x % 2 != 0;
-  float mine = odd ? -low : high;
-  mine = fmaxf(mine, __shfl_xor_sync(kFullWarp, odd ? high : -low, 1));
-#pragma unroll
-  for (int step = G / 2; step > 1; step /= 2) mine = fmaxf(mine, __shfl_xor_sync(kFullWarp, mine, step));
-  const float other = __shfl_xor_sync(kFullWarp, mine, 1);
-  low = -(odd ? mine : other);
-  high = odd ? other : mine;
 }
 
 template <int N>
@@ -182,215 +164,11 @@ __device__ __forceinline__ void rotate(float (&x)[V], int block, int lane, float
   for (int i = 0; i < V; ++i) x[i] = __fmul_rn(x[i], norm);
 }
 
-// x / b, rounded once, for b of 8 significant bits, which a bf16 is: one correction of x * (1 / b) is exact (tried for all
-// pairs of significands), unless the remainder underflows.
-__device__ __forceinline__ float divide_short(float x, float b, float inverse) {
-  const float near = __fmul_rn(x, inverse);
-  return __fmaf_rn(__fmaf_rn(-b, near, x), inverse, near);
-}
-
-struct ScaleZero {
-  float scale, zero;
-};
-
-// Scale and zero of a row from its least and greatest element, as stored: a bf16 and an fp16 value. Tiny: the row is so
-// small that remainders may underflow.
-template <bool Tiny>
-__device__ __forceinline__ ScaleZero min_max_scale(const Side& side, float low, float high) {
-  const auto step = [&](float x) {
-    return Tiny ? __fdiv_rn(x, side.steps) : divide_short(x, side.steps, side.inverse);
-  };
-  low = __fadd_rn(low, 0.0f);  // a zero is +0, whichever zero of the row came first
-  const float absmax = fmaxf(fabsf(low), fabsf(high));
-  const bool constant = low == high;
-  if (!side.cache.format.stored_zero) {
-    const float scale = round_up_to_bf16(constant ? absmax : step(absmax));
-    return {absmax == 0.0f ? 1.0f : scale, side.steps + 1.0f};
-  }
-  const float least = __fmul_rn(absmax, 1.0f / kMaxZero);
-  float scale = round_up_to_bf16(fmaxf(__fsub_rn(step(high), step(low)), least));
-  if (constant) {
-    scale = absmax == 0.0f ? 1.0f : __uint_as_float(__float_as_uint(fmaxf(absmax, kMinScale)) & 0x7f800000u);
-  }
-  const float zero = Tiny ? __fdiv_rn(low, scale) : divide_short(low, scale, __frcp_rn(scale));
-  return {scale, __half2float(__float2half_rn(-zero))};
-}
-
-// code + 2^23: the sum rounds half to even, and its low bits are the code.
-__device__ __forceinline__ uint32_t code_bits(float quotient, float zero, float top) {
-  const float code = fminf(fmaxf(__fadd_rn(quotient, zero), 0.0f), top);
-  return __float_as_uint(__fadd_rn(code, 0x1p23f));
-}
-
-// Scale and zero of a dynamic row by its range, and its codes; x is spent. Scales stay below 2^110, as rows are cut to
-// kMaxDynamic.
-template <int V>
-__device__ __forceinline__ ScaleZero row_codes(const Side& side, float low, float high, float (&x)[V],
-                                               uint32_t (&code)[V]) {
-  ScaleZero row;
-  float divisor;
-  if (fmaxf(fabsf(low), fabsf(high)) >= 0x1p-50f) {
-    row = min_max_scale<false>(side, low, high);
-    divisor = row.scale;
-  } else {  // a power of two lifts row and scale, exactly, to where remainders do not underflow
-    row = min_max_scale<true>(side, low, high);
-    divisor = __fmul_rn(row.scale, 0x1p60f);
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = __fmul_rn(x[i], 0x1p60f);
-  }
-  const float inverse = __frcp_rn(divisor);
-#pragma unroll
-  for (int i = 0; i < V; ++i) code[i] = code_bits(divide_short(x[i], divisor, inverse), row.zero, side.top);
-  return row;
-}
-
-__device__ __forceinline__ bool is_searched(const Side& side, float low, float high) {
-  return side.searches && low <= 0.0f && high >= 0.0f && fmaxf(-low, high) >= kLeastSearched;
-}
-
-// x to the nearest whole number, half to even, for 0 <= x < 2^22.
-__device__ __forceinline__ float round_small(float x) { return __fsub_rn(__fadd_rn(x, 0x1p23f), 0x1p23f); }
-
-// The place of a unit on a grid as code + 2^23. Without `up` a half may go either way.
-__device__ __forceinline__ float place_on(const SearchGrid& grid, float unit, float up) {
-  const float part = __fmaf_rn(unit, 1.0f / (15.0f * grid.step), (up - grid.start) / (15.0f * grid.step));
-  return __fmaf_rn(__saturatef(part), 15.0f, 0x1p23f);
-}
-
-// search_rows of quant/dynamic.py, for rows that is_searched; the result of others is of no use. Units and what is summed of
-// them are whole numbers: squared errors below 2^22, products below 2^22 in a lane and 2^27 in a row. So sums are exact in any
-// order. Lanes share the grids out among themselves: 12 exchanges for 16 lanes.
-template <int V, int G>
-__device__ __forceinline__ ScaleZero search_row(const float (&x)[V], float low, float high, bool active,
-                                                uint32_t (&code)[V]) {
-  static_assert(kSearchGrids == 4 && G >= 4);
-  const float width = __fsub_rn(high, low), inverse = __fdiv_rn(kSearchUnits, width);
-  float unit[V], error[kSearchGrids] = {};
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    unit[i] = round_small(__fmul_rn(__fsub_rn(x[i], low), inverse));
-#pragma unroll
-    for (int j = 0; j < kSearchGrids; ++j) {
-      constexpr SearchGrid kPlain = search_grid(0);
-      const SearchGrid grid = search_grid(j);
-      const float place = j == 0 ? __fmaf_rn(unit[i], 1.0f / kPlain.step, 0x1p23f) : place_on(grid, unit[i], 0.0f);
-      const float from = __fsub_rn(unit[i], grid.start);
-      const float miss = __fmaf_rn(__fsub_rn(place, 0x1p23f), -grid.step, from);
-      error[j] = __fmaf_rn(miss, miss, error[j]);
-    }
-  }
-  const bool first = threadIdx.x & 1, second = threadIdx.x & 2;
-  const auto trade = [](auto keep, auto give, int step) { return keep + __shfl_xor_sync(kFullWarp, give, step); };
-#pragma unroll
-  for (int j = 0; j < kSearchGrids; ++j) error[j] = active ? error[j] : 0.0f;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    error[j] = trade(first ? error[2 + j] : error[j], first ? error[j] : error[2 + j], 1);
-  }
-  float mine = trade(second ? error[1] : error[0], second ? error[0] : error[1], 2);
-#pragma unroll
-  for (int step = 4; step < G; step *= 2) mine = trade(mine, mine, step);
-  float least = __fmaf_rn(mine, 4.0f, (first ? 2.0f : 0.0f) + (second ? 1.0f : 0.0f));  // the first of equals
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) least = fminf(least, __shfl_xor_sync(kFullWarp, least, step));
-  const int best = static_cast<int>(__float_as_uint(__fadd_rn(least, 0x1p23f)) & 3);
-
-  const SearchGrid grid = search_grid(best);
-  const float step_inverse = best == 0 ? 1.0f / 32.0f : 1.0f / 30.0f;
-  const float origin = __fmul_rn(__fsub_rn(0.0f, low), inverse), whole_origin = round_small(origin);
-  const float factor = best == 0 ? 1.0f / 480.0f : 1.0f / 450.0f, start = __fsub_rn(grid.start, whole_origin);
-  const float shift = __fmul_rn(__fsub_rn(0.25f, grid.start), factor);  // a quarter unit sends halves up
-  float square = 0.0f, product = 0.0f;  // lanes past the row have the unit of 0, the origin
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float place = __fmaf_rn(__saturatef(__fmaf_rn(unit[i], factor, shift)), 15.0f, 0x1p23f);
-    code[i] = __float_as_uint(place);
-    const float truth = __fsub_rn(unit[i], whole_origin);
-    square = __fmaf_rn(truth, truth, square);
-    product = __fmaf_rn(truth, __fmaf_rn(__fsub_rn(place, 0x1p23f), grid.step, start), product);
-  }
-  const int whole_square = __float2int_rn(square), whole_product = __float2int_rn(product);
-  int sum = trade(first ? whole_product : whole_square, first ? whole_square : whole_product, 1);
-#pragma unroll
-  for (int step = 2; step < G; step *= 2) sum = trade(sum, sum, step);
-  const int other = __shfl_xor_sync(kFullWarp, sum, 1);
-  const float gain = __fdiv_rn(__int2float_rn(first ? other : sum), __int2float_rn(first ? sum : other));
-  const float step = __fmul_rn(width, best == 0 ? 32.0f / kSearchUnits : 30.0f / kSearchUnits);
-  const float scale = __fmul_rn(step, fminf(fmaxf(gain, kMinGain), kMaxGain));
-  const float zero = divide_short(__fsub_rn(origin, grid.start), grid.step, step_inverse);
-  return {__bfloat162float(__float2bfloat16_rn(scale)), __half2float(__float2half_rn(zero))};
-}
-
-template <int Bits, int V>
-__device__ __forceinline__ void store_codes(uint8_t* to, const uint32_t (&code)[V]) {
-  constexpr int kPerWord = 32 / Bits < V ? 32 / Bits : V;
-  constexpr uint32_t kMagic = 0x4b000000;  // the bits of 2^23 that come with each code
-  uint32_t words[V / kPerWord];
-#pragma unroll
-  for (int w = 0; w < V / kPerWord; ++w) {
-    uint32_t word = 0, magic = 0;
-#pragma unroll
-    for (int j = 0; j < kPerWord; ++j) {
-      word += code[w * kPerWord + j] << (Bits * j);
-      magic += kMagic << (Bits * j);
-    }
-    words[w] = word - magic;
-  }
-  store_words<V * Bits / 8>(to, words);
-}
-
-// Elements stored as they are, cut to the largest finite one. Each float codec of codecs.def brings kMax and pair().
-struct fp32 {
-  static constexpr float kMax = 0x1.fffffep127f;
-};
-struct fp16 {
-  static constexpr float kMax = 65504.0f;
-  __device__ static uint32_t pair(float a, float b) {
-    return static_cast<uint32_t>(__half_as_ushort(__float2half_rn(a))) |
-           static_cast<uint32_t>(__half_as_ushort(__float2half_rn(b))) << 16;
-  }
-};
-struct bf16 {
-  static constexpr float kMax = kMaxScale;
-  __device__ static uint32_t pair(float a, float b) {
-    return static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(a))) |
-           static_cast<uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(b))) << 16;
-  }
-};
-
-template <class Element, int Bits, int V>
-__device__ __forceinline__ void store_floats(uint8_t* to, const float (&x)[V]) {
-  uint32_t words[V * Bits / 32];
-#pragma unroll
-  for (int i = 0; i < V * Bits / 32; ++i) {
-    const auto cut = [](float y) { return fminf(fmaxf(y, -Element::kMax), Element::kMax); };
-    if constexpr (Bits == 32) {
-      words[i] = __float_as_uint(cut(x[i]));
-    } else {
-      words[i] = Element::pair(cut(x[2 * i]), cut(x[2 * i + 1]));
-    }
-  }
-  store_words<V * Bits / 8>(to, words);
-}
-
-// x is what Float codecs store, code what Integer ones do.
-template <int V>
-__device__ __forceinline__ void store_row(int codec, uint8_t* to, const float (&x)[V], const uint32_t (&code)[V]) {
-  switch (codec) {
-#define FOLDKV_STORE_Float(name, bits) store_floats<name, bits>(to, x)
-#define FOLDKV_STORE_Integer(name, bits) store_codes<bits>(to, code)
-#define FOLDKV_CODEC(id, name, bits, kind) \
-  case id: FOLDKV_STORE_##kind(name, bits); break;
-#include "codecs.def"
-#undef FOLDKV_CODEC
-#undef FOLDKV_STORE_Integer
-#undef FOLDKV_STORE_Float
-  }
-}
-
 // Block (x, y): head x / 2, K or V by x % 2; tokens of kWarps * 32 / G rows at a time.
-template <int V, int G>
-__global__ void __launch_bounds__(kWarps * 32, V == 8 ? 8 : 4) append_kernel(const __grid_constant__ Launch p) {
+// Steers: a side is static and of kSteerBits.
+template <int V, int G, bool Steers>
+__global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Steers ? 3 : 4))
+    append_kernel(const __grid_constant__ Launch p) {
   constexpr unsigned kRows = 32 / G;
   const int lane = threadIdx.x % 32, head = blockIdx.x / 2;
   const bool is_k = blockIdx.x % 2 == 0;
@@ -420,6 +198,13 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? 8 : 4) append_kernel(con
     }
     centred = __any_sync(kFullWarp, has_mean);
     divides = __any_sync(kFullWarp, has_balance);
+  }
+
+  bool steered = false;
+  if constexpr (Steers) {
+    float direction[V] = {};
+    if (side.integer && !format.dynamic && side.bits == kSteerBits) load_param(kQuery, direction);
+    steered = __any_sync(kFullWarp, is_direction(direction));
   }
 
   // Rows are read one round ahead; a row without a valid slot is read and then dropped, so that no load waits for another.
@@ -477,7 +262,16 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? 8 : 4) append_kernel(con
       float zero[V] = {};
       load_param(kZero, zero);
 #pragma unroll
-      for (int i = 0; i < V; ++i) code[i] = code_bits(x[i], zero[i], side.top);
+      for (int i = 0; i < V; ++i) code[i] = code_bits(x[i], zero[i], side.range.top);
+      if constexpr (Steers) {
+        if (steered) {
+          float direction[V] = {};
+          load_param(kQuery, direction);
+#pragma unroll
+          for (int i = 0; i < V; ++i) x[i] = __fadd_rn(x[i], zero[i]);
+          steer_row<V, G>(x, direction, c0, active, code);
+        }
+      }
     } else if (side.integer) {
       if (extreme || centred || divides) {
 #pragma unroll
@@ -490,8 +284,8 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? 8 : 4) append_kernel(con
       if (!active) low = INFINITY, high = -INFINITY;
       row_range<G>(low, high);
       ScaleZero row;
-      if (side.searches) row = search_row<V, G>(x, low, high, active, code);
-      if (!is_searched(side, low, high)) row = row_codes(side, low, high, x, code);
+      if (side.range.searches) row = search_row<V, G>(x, low, high, active, code);
+      if (!is_searched(side.range, low, high)) row = row_codes(side.range, low, high, x, code);
       if (valid && lane % G == 0) {
         const uint32_t scale = __float_as_uint(row.scale) >> 16;
         const uint32_t zero = __half_as_ushort(__float2half_rn(row.zero));
@@ -516,7 +310,7 @@ Side side_of(const Rows& rows, const Cache& cache) {
   const float top = integer ? static_cast<float>((1 << codec.bits) - 1) : 1.0f;
   const float steps = cache.format.stored_zero || !integer ? top : static_cast<float>((1 << (codec.bits - 1)) - 1);
   const bool searches = cache.format.dynamic && cache.format.stored_zero && codec.bits == kSearchBits;
-  return {rows, cache, codec.bits, integer, searches, top, steps, 1.0f / steps, vectors};
+  return {rows, cache, codec.bits, integer, {cache.format.stored_zero, searches, top, steps, 1.0f / steps}, vectors};
 }
 
 template <int V, int G>
@@ -529,7 +323,14 @@ int launch(Launch& p, cudaStream_t stream) {
   passes = passes < 1 ? 1 : passes > kMaxPasses ? kMaxPasses : passes;
   const int64_t y = (row_blocks + passes - 1) / passes;
   const dim3 grid(2u * p.h_kv, static_cast<unsigned>(y < 65535 ? y : 65535));
-  append_kernel<V, G><<<grid, kWarps * 32, 0, stream>>>(p);
+  const auto steers = [](const Side& side) {
+    return side.integer && !side.cache.format.dynamic && side.bits == kSteerBits;
+  };
+  if (steers(p.side[0]) || steers(p.side[1])) {
+    append_kernel<V, G, true><<<grid, kWarps * 32, 0, stream>>>(p);
+  } else {
+    append_kernel<V, G, false><<<grid, kWarps * 32, 0, stream>>>(p);
+  }
   return cudaGetLastError();
 }
 
