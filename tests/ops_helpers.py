@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant import ops, reference
-from quant.pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, PagedTensor, identity_params
+from quant.pages import BALANCE, MEAN, QUERY, SCALE, ZERO, LayerPages, PagedTensor, identity_params
 from quant.plan import TILE_ROWS, Capacity, Plan
 from quant.spec import MODES, Format, KVSpec
 
@@ -55,7 +55,10 @@ def is_float(spec: KVSpec) -> bool:
 
 
 def params_for(fmt: Format, x: Tensor) -> Tensor:
-    """Params fp32 `[5, h_kv, d]` of `fmt`, fitted to rows `x` `[tokens, h_kv, d]` in the plainest way."""
+    """Params fp32 `[5, h_kv, d]` of `fmt`, fitted to rows `x` `[tokens, h_kv, d]` in the plainest way.
+
+    Formats that steer get a direction, but for the last of several heads.
+    """
     x = x.float()
     params = identity_params(fmt, *x.shape[1:], x.device)
     top, mid = fmt.element.max_code, fmt.element.mid_code
@@ -68,6 +71,11 @@ def params_for(fmt: Format, x: Tensor) -> Tensor:
         centre, half = (high + low) / 2, (high - low) / 2 * fmt.clip
         params[SCALE] = 2 * half / top
         params[ZERO] = -(centre - half) / params[SCALE]
+    if fmt.steers_rounding:
+        h_kv, d = x.shape[1:]
+        place = torch.arange(h_kv * d, device=x.device).view(h_kv, d)
+        params[QUERY] = torch.where(place % 5 == 0, 0.0, (place * 1.7).sin() * 511).round()
+        params[QUERY, max(h_kv - 1, 1) :] = 0.0
     if fmt.center:
         params[MEAN] = x.mean(0)
     if fmt.balance:

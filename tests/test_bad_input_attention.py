@@ -83,7 +83,7 @@ BAD_ATTENDS: list[tuple[dict[str, Any] | Callable[[Batch], dict[str, Tensor]], s
     ({"window_left": 2**40}, f"window_left: expected 0 .. 2^31 - 1, got {2**40}"),
     ({"page_size": 17}, "page_size: expected 16, 32, 64 or 128, got 17"),
     ({"v_format": 7}, "v_format: expected a code of quant.spec.Format.code, got 7"),
-    ({"k_params": torch.zeros(4, 2, 20)}, "head_dim: expected a multiple of 16 up to 512, got 20"),
+    ({"k_params": torch.zeros(5, 2, 20)}, "head_dim: expected a multiple of 16 up to 512, got 20"),
 ]  # fmt: skip
 
 

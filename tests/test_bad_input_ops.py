@@ -29,7 +29,7 @@ def make() -> Batch:
 FLOATS = "expected torch.float32 or torch.float16 or torch.bfloat16, got"
 CODES = "(num_pages, h_kv, page_size * row_bytes), got"
 META = "(num_pages, h_kv, page_size * meta_bytes), got"
-PARAMS = "(scale/zero/mean/balance, h_kv, d), got"
+PARAMS = "(scale/zero/mean/balance/query, h_kv, d), got"
 SLOTS = "slot_mapping: expected slots below 192 (num_pages * page_size) or negative ones, got"
 POSITIONS = "positions: expected 0 .. 49 (rows of cos and sin), got"
 FORMAT = "expected a code of quant.spec.Format.code, got"
@@ -75,11 +75,11 @@ BAD_APPENDS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"v_meta": torch.zeros(12, 2, 32).byte()}, f"v_meta: expected shape [12, 2, 64] {META} [12, 2, 32]"),
     ({"k_meta": torch.zeros(12, 2, 64).byte()}, f"k_meta: expected shape [12, 2, 0] {META} [12, 2, 64]"),
-    ({"k_params": torch.zeros(3, 2, 32)}, f"k_params: expected shape [4, *, *] {PARAMS} [3, 2, 32]"),
-    ({"v_params": torch.zeros(4, 2, 16)}, f"v_params: expected shape [4, 2, 32] {PARAMS} [4, 2, 16]"),
-    ({"v_params": torch.zeros(4, 2, 32).half()}, "v_params: expected torch.float32, got torch.float16"),
-    ({"k_params": torch.zeros(4, 2, 20)}, "head_dim: expected a multiple of 16 up to 512, got 20"),
-    ({"k_params": torch.zeros(4, 2, 528)}, "head_dim: expected a multiple of 16 up to 512, got 528"),
+    ({"k_params": torch.zeros(4, 2, 32)}, f"k_params: expected shape [5, *, *] {PARAMS} [4, 2, 32]"),
+    ({"v_params": torch.zeros(5, 2, 16)}, f"v_params: expected shape [5, 2, 32] {PARAMS} [5, 2, 16]"),
+    ({"v_params": torch.zeros(5, 2, 32).half()}, "v_params: expected torch.float32, got torch.float16"),
+    ({"k_params": torch.zeros(5, 2, 20)}, "head_dim: expected a multiple of 16 up to 512, got 20"),
+    ({"k_params": torch.zeros(5, 2, 528)}, "head_dim: expected a multiple of 16 up to 512, got 528"),
     ({"page_size": 24}, "page_size: expected 16, 32, 64 or 128, got 24"),
     ({"page_size": 32}, f"k_cache: expected shape [12, 2, 1024] {CODES} [12, 2, 512]"),
     ({"k_format": 99}, f"k_format: {FORMAT} 99"),
@@ -208,7 +208,7 @@ def test_params_must_be_usable() -> None:
     fmt = MODES["c8"].k
     paged = PagedTensor.empty(fmt, 1, 16, 2, 32, "cpu")
     before = paged.params.clone()
-    with fails("params: expected shape (4, 2, 32), got (4, 2, 16)", ArgumentError):
+    with fails("params: expected shape (5, 2, 32), got (5, 2, 16)", ArgumentError):
         paged.set_params(identity_params(fmt, 2, 16))
     for row, value in ((0, 0.0), (0, float("nan")), (1, float("inf")), (3, -1.0)):
         params = identity_params(fmt, 2, 32)

@@ -197,7 +197,7 @@ def test_addresses_stay_except_when_resized() -> None:
 def test_bad_params_leave_both_as_they_were() -> None:
     cache = make_cache()
     layer = cache.layers[0]
-    good, bad = 3 * identity_params(layer.k.fmt, H_KV, D), torch.zeros(4, H_KV, D)
+    good, bad = 3 * identity_params(layer.k.fmt, H_KV, D), torch.zeros(5, H_KV, D)
     with pytest.raises(ArgumentError, match="params"):
         cache.set_params(0, good, bad)
     with pytest.raises(ArgumentError, match="params"):
@@ -250,7 +250,7 @@ def test_sizes_count_formats_heads_and_scale_data() -> None:
     cache.add_layer(resolve_mode("c16"), 1, 64)
     assert cache.bits_per_element == pytest.approx((8.5 + 16) / 2)
     pools = 2 * PAGE * 2 * (2 * (32 + 2)) + 2 * PAGE * 2 * (64 * 2)
-    params = 2 * 4 * 4 * (2 * 32 + 64)
+    params = 2 * 5 * 4 * (2 * 32 + 64)
     assert cache.nbytes == pools + params + 2 * 4 + 4
 
 

@@ -41,7 +41,7 @@ def test_bits_per_element_are_what_the_pools_take(mode: str) -> None:
         pages = LayerPages.empty(spec, 5, page_size, 3, d)
         pool_bytes = sum(pool.nbytes for pool in pools(pages))
         assert pool_bytes * 8 == pytest.approx(2 * 5 * page_size * 3 * d * spec.bits_per_element(d), rel=1e-12)
-        assert pages.nbytes == pool_bytes + 2 * 4 * 3 * d * 4
+        assert pages.nbytes == pool_bytes + 2 * 5 * 3 * d * 4
 
 
 def test_ids_of_codecs_never_change() -> None:

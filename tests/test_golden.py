@@ -17,11 +17,14 @@ from ops_helpers import FORMATS
 from torch import Tensor
 
 from quant import ops, reference
-from quant.pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, identity_params
+from quant.pages import BALANCE, MEAN, QUERY, SCALE, ZERO, LayerPages, identity_params
 from quant.spec import Format, KVSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "format_v1.json"
 NUM_PAGES, PAGE, H_KV, D, TOKENS = 3, 16, 2, 48, 20
+# Every format, and what one that steers gives under a direction of queries.
+STEERED = "int4.channel.asym, steered"
+CASES = {**FORMATS, STEERED: FORMATS["int4.channel.asym"]}
 
 Append = Callable[[LayerPages, Tensor, Tensor, Tensor], None]
 
@@ -34,13 +37,15 @@ def golden_rows() -> Tensor:
     return x
 
 
-def golden_params(fmt: Format) -> Tensor:
+def golden_params(fmt: Format, steered: bool) -> Tensor:
     params = identity_params(fmt, H_KV, D)
     c = torch.arange(D).float().expand(H_KV, D)
     if fmt.is_static:
         params[SCALE] = (c % 5 + 3) * (0.25 if fmt.element.bits == 4 else 0.015625)
         if not fmt.symmetric:
             params[ZERO] = fmt.element.mid_code + (c % 7 - 3) / 4
+    if steered:
+        params[QUERY] = (c * 37 % 101 - 50) * 10
     if fmt.center:
         params[MEAN] = (c % 9 - 4) / 8
     if fmt.balance:
@@ -48,11 +53,12 @@ def golden_params(fmt: Format) -> Tensor:
     return params
 
 
-def stored(fmt: Format, append: Append) -> dict[str, str]:
-    """What the pools of a cache with K and V in `fmt` hold after the golden rows went in, backwards, into pages 0 and 2."""
+def stored(name: str, append: Append) -> dict[str, str]:
+    """What the pools of a cache with K and V in the format of a case hold after the golden rows went in, backwards, into pages 0 and 2."""
+    fmt = CASES[name]
     pages = LayerPages.empty(KVSpec(fmt, fmt), NUM_PAGES, PAGE, H_KV, D)
     for part in (pages.k, pages.v):
-        part.set_params(golden_params(fmt))
+        part.set_params(golden_params(fmt, name == STEERED))
     x = golden_rows()
     slots = torch.tensor([t if t < PAGE else PAGE + t for t in range(TOKENS)])
     append(pages, x, x.flip(0).contiguous(), slots.flip(0))
@@ -68,13 +74,13 @@ def stored(fmt: Format, append: Append) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("append", [reference.append_kv, ops.append_kv], ids=["reference", "op"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", CASES)
 def test_golden_bytes(name: str, append: Append) -> None:
-    assert stored(FORMATS[name], append) == json.loads(GOLDEN.read_text())[name]
+    assert stored(name, append) == json.loads(GOLDEN.read_text())[name]
 
 
 def test_golden_covers_every_format() -> None:
-    assert list(json.loads(GOLDEN.read_text())) == list(FORMATS)
+    assert list(json.loads(GOLDEN.read_text())) == list(CASES)
 
 
 @pytest.mark.parametrize("append", [reference.append_kv, ops.append_kv], ids=["reference", "op"])
@@ -94,6 +100,4 @@ def test_worked_example(append: Append) -> None:
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(
-        json.dumps({name: stored(fmt, reference.append_kv) for name, fmt in FORMATS.items()}, indent=1) + "\n"
-    )
+    GOLDEN.write_text(json.dumps({name: stored(name, reference.append_kv) for name in CASES}, indent=1) + "\n")
