@@ -1,25 +1,32 @@
-"""Rows of docs/accuracy.md for one checkpoint: modes, plans at several budgets, and controls that must fail on hard models.
+"""The table of docs/accuracy.md: modes, plans at several budgets, and controls that must fail on hard models.
 
-    python examples/accuracy_table.py MODEL --scales KV --data TEXT [--windows 8] [--window-len 1024] [--budgets 4.5,5]
+    python examples/accuracy_table.py MODEL --scales KV --data TEXT [--c4-scales KV4] [--windows 8] [--device cuda] [--json F]
+    python examples/accuracy_table.py --join FILE...
 
-Scales: of `foldkv calibrate MODEL --mode auto`, whose measured costs serve the other budgets. Prints one Markdown row a
-mode: bits, mean KLD to the 16-bit cache with its standard error, 99th percentile, top-1 agreement, perplexity change.
+Scales: of `foldkv calibrate MODEL --mode auto`, whose measured costs serve the other budgets; c4-scales: of `--mode c4`, for
+the row `c4`, whose static ranges are then chosen for it. Prints one Markdown row a mode: bits, mean KLD to the 16-bit cache
+with its standard error over windows, 99th percentile, top-1 agreement, perplexity change. `--join` makes one table of the
+files of several checkpoints. `accuracy_table.sh` does all of it for one trained checkpoint and three made hard.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from foldkv.accuracy import accuracy_report
 from foldkv.auto.candidates import Choice, TensorSize, mode_text
 from foldkv.auto.search import Budget, frontier, within, without_chance
 from foldkv.hf import load_model
 from quant.scales import KVScales
-from quant.spec import MODES, Format, KVSpec, parse_modes
+from quant.spec import MODES, Format, KVSpec, LayerSpecs, parse_modes
 
-MODE_NAMES = ("c8", "c8d", "k8v4", "c4r", "c4", "c4s")
+MODE_NAMES = ("c8d", "c8", "k8v4", "c4r", "c4", "c4s", "c8h")
+CONTROL = "c4x"
 
 
 def controls() -> dict[str, KVSpec]:
@@ -46,20 +53,86 @@ def plan_text(scales: KVScales, bits: float) -> str:
     return mode_text(within(frontier(without_chance(options)), Budget(bits=bits)).modes)
 
 
-def main() -> None:
+def measured(
+    model: Any, tokenizer: Any, named: Mapping[str, LayerSpecs], scales: KVScales, **options: Any
+) -> dict[str, Any]:
+    """What the table says of each mode, and of the control: `entry_of`."""
+    different = list({specs.name: specs for specs in named.values()}.values())  # a plan may be a uniform mode
+    report = accuracy_report(
+        model, different, tokenizer=tokenizer, scales=scales, level="quick", decode_windows=0, new_tokens=0, **options
+    )
+    names = {name: specs.name for name, specs in named.items()} | {CONTROL: CONTROL}
+    return {name: entry_of(report.data["modes"][mode], mode) for name, mode in names.items()}
+
+
+def entry_of(mode: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Bits, map and figures of one mode: top-1 and perplexity change in per cent."""
+    way = mode["prefill"]
+    return {
+        "bits": mode["bits_per_element"], "map": name, "windows": way["windows"],
+        "kld": way["kld_mean"], "kld_se": way["kld_se"], "p99": way["kld_p99"],
+        "top1": 100 * way["top1_agreement"], "top1_se": 100 * (way["top1_se"] or 0.0),
+        "ppl": 100 * way["ppl_change"],
+        "ppl_se": 100 * (1 + way["ppl_change"]) * (way["ln_ppl_ratio_se"] or 0.0),
+    }  # fmt: skip
+
+
+def cell(entry: Mapping[str, Any]) -> str:
+    """KLD, its 99 % percentile, top-1 and perplexity change, with standard errors over windows."""
+    error = float("nan") if entry["kld_se"] is None else entry["kld_se"]  # one window has none
+    return (
+        f"{entry['kld']:.2e} +- {error:.0e} / {entry['p99']:.1e} / {entry['top1']:.2f} +- {entry['top1_se']:.2f} / "
+        f"{entry['ppl']:+.2f} +- {entry['ppl_se']:.2f}"
+    )
+
+
+def joined(files: list[Path]) -> str:
+    """One Markdown table of modes x checkpoints, and the maps of plans below."""
+    tables = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    names = list(dict.fromkeys(name for table in tables.values() for name in table))
+    lines = [f"| mode | bits | {' | '.join(tables)} |", "|---|---|" + "---|" * len(tables)]
+    for name in names:
+        entries = [table.get(name) for table in tables.values()]
+        bits = sorted({f"{entry['bits']:.3f}".rstrip("0").rstrip(".") for entry in entries if entry})
+        cells = ("" if entry is None else cell(entry) for entry in entries)
+        lines.append(f"| {name} | {', '.join(bits)} | {' | '.join(cells)} |")
+    for name in names:
+        if name.startswith("plan"):
+            lines += [f"{name}, {one}: `{table[name]['map']}`" for one, table in tables.items() if name in table]
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--scales", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--scales", type=Path)
+    parser.add_argument("--c4-scales", type=Path, help="scales of a calibration for c4")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window-len", type=int, default=1024)
-    parser.add_argument("--budgets", default="4.5,5")
-    parser.add_argument("--only", choices=("modes", "plans", "controls"), help="one part of the table")
+    parser.add_argument("--budgets", default="5,4.5")
+    parser.add_argument(
+        "--only", choices=("modes", "plans", "tables", "controls"), help="one part; tables: modes and plans"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the figures there, for --join")
+    parser.add_argument("--join", type=Path, nargs="+", help="print one table of these files")
     arguments = parser.parse_args()
-    model, tokenizer = load_model(arguments.model, "float32")
+    if not arguments.join and None in (arguments.model, arguments.scales, arguments.data):
+        parser.error("expected MODEL, --scales and --data, or --join")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.join:
+        print(joined(arguments.join))
+        return
+    model, tokenizer = load_model(arguments.model, "float32", arguments.device)
     scales = KVScales.load(arguments.scales, model.config)
     count = len(scales.layers)
-    wanted = [arguments.only] if arguments.only else ["modes", "plans", "controls"]
+    parts = {None: ["modes", "plans", "controls"], "tables": ["modes", "plans"]}
+    wanted = parts.get(arguments.only, [arguments.only])
     modes: dict[str, str | KVSpec] = {}
     if "modes" in wanted:
         modes |= {name: name for name in MODE_NAMES}
@@ -68,21 +141,18 @@ def main() -> None:
     if "controls" in wanted:
         modes |= {name: replace(spec, name=name) for name, spec in controls().items()}
     named = {name: parse_modes(mode, count) for name, mode in modes.items()}
-    different = list({specs.name: specs for specs in named.values()}.values())  # a plan may be a uniform mode
-    report = accuracy_report(
-        model, different, arguments.data, tokenizer=tokenizer, scales=scales,
-        num_windows=arguments.windows, window_len=arguments.window_len, decode_windows=0,
-    )  # fmt: skip
-    print("| | bits | mean KLD | 99 % | top-1 | perplexity | map |\n|---|---|---|---|---|---|---|")
-    for name, specs in {**named, "control (c4x)": parse_modes("c4x", count)}.items():
-        entry = report.data["modes"][specs.name]
-        way = entry["prefill"]
-        error = way["kld_se"] or float("nan")  # one window has none
-        shown = f"`{specs.name}`" if name.startswith("plan") else ""
-        print(
-            f"| {name} | {entry['bits_per_element']:.3f} | {way['kld_mean']:.2e} +- {error:.0e} | {way['kld_p99']:.1e} "
-            f"| {way['top1_agreement']:.2%} | {way['ppl_change']:+.2%} | {shown} |"
-        )
+    options = {"data": arguments.data, "num_windows": arguments.windows, "window_len": arguments.window_len}
+    found = measured(model, tokenizer, named, scales, **options)
+    if arguments.c4_scales is not None:
+        fitted = KVScales.load(arguments.c4_scales, model.config)
+        c4 = measured(model, tokenizer, {"c4": parse_modes("c4", count)}, fitted, **options)["c4"]
+        found = {"c4": c4, **{"c4, ranges by minmax" if name == "c4" else name: entry for name, entry in found.items()}}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print("| | bits | KLD / 99 % / top-1, % / perplexity, % | map |\n|---|---|---|---|")
+    for name, entry in found.items():
+        shown = f"`{entry['map']}`" if name.startswith("plan") else ""
+        print(f"| {name} | {entry['bits']:.3f} | {cell(entry)} | {shown} |")
 
 
 if __name__ == "__main__":

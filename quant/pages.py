@@ -16,7 +16,7 @@ SCALE, ZERO, MEAN, BALANCE, QUERY = range(5)
 
 
 def identity_params(fmt: Format, h_kv: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Params that change nothing: fp32 `[5, h_kv, d]`, scale 1, the format's middle code as zero, mean 0, balance 1, query 0."""
+    """Params that change nothing: fp32 `[5, h_kv, d]`, scale and balance 1, the middle code as zero, mean and query 0."""
     params = torch.zeros(5, h_kv, head_dim, dtype=torch.float32, device=device)
     params[SCALE] = params[BALANCE] = 1.0
     if fmt.element.is_integer:
@@ -30,8 +30,8 @@ class PagedTensor:
 
     codes:  uint8 `[num_pages, h_kv, page_size * row_bytes]`.
     meta:   uint8 `[num_pages, h_kv, page_size * meta_bytes]`, dynamic scale data; zero bytes wide for other formats.
-    params: fp32 `[5, h_kv, d]`: static scale, zero, mean, balance, and the direction of queries (`quant.steering`); rewritten in
-            place, so its address is stable.
+    params: fp32 `[5, h_kv, d]`: static scale, zero, mean, balance, direction of queries (`quant.steering`); rewritten in place,
+            so its address is stable.
     """
 
     fmt: Format

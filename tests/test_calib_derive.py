@@ -146,7 +146,7 @@ def test_mean_and_balance_only_where_the_format_has_them() -> None:
         for params, fmt, stats in zip(
             layer_params(scales, 1, spec), (spec.k, spec.v), (scales[1].k, scales[1].v), strict=True
         ):
-            assert params.shape == (4, 2, 16) and params.dtype == torch.float32
+            assert params.shape == (5, 2, 16) and params.dtype == torch.float32
             PagedTensor.empty(fmt, 1, 16, 2, 16, "cpu").set_params(params)
             assert torch.equal(params[MEAN], stats.mean if fmt.center else torch.zeros(2, 16)), name
             assert torch.equal(params[BALANCE], balance(stats) if fmt.balance else torch.ones(2, 16)), name

@@ -54,7 +54,7 @@ def golden_params(fmt: Format, steered: bool) -> Tensor:
 
 
 def stored(name: str, append: Append) -> dict[str, str]:
-    """What the pools of a cache with K and V in the format of a case hold after the golden rows went in, backwards, into pages 0 and 2."""
+    """What the pools of a cache of one case hold after the golden rows went in, backwards, into pages 0 and 2."""
     fmt = CASES[name]
     pages = LayerPages.empty(KVSpec(fmt, fmt), NUM_PAGES, PAGE, H_KV, D)
     for part in (pages.k, pages.v):

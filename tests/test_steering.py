@@ -1,4 +1,4 @@
-"""Steered rounding of static 4-bit rows: less error where queries look, one step of a code at most, plain where it should be."""
+"""Steered rounding of static 4-bit rows: less error where queries look, one code away at most, plain without a direction."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def loss(codes: Tensor, place: Tensor, direction: Tensor) -> tuple[Tensor, Tenso
     middle=st.sampled_from([7.5, 0.0, 16.0, -30.0]),
     share=st.sampled_from([0.0, 0.9]),
 )
-def test_never_worse_than_plain_by_its_own_measure(d: int, seed: int, width: float, middle: float, share: float) -> None:
+def test_never_worse_than_plain_by_its_own_measure(
+    d: int, seed: int, width: float, middle: float, share: float
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     place = torch.randn(20, 1, d, generator=generator) * width + middle
     direction = direction_of(d, seed) * (torch.rand(1, d, generator=generator) >= share)
@@ -120,7 +122,9 @@ def test_op_gives_the_bytes_of_the_reference(d: int) -> None:
 
 def stats_with(query: Tensor | None) -> TensorStats:
     low = torch.full((2, 16), -1.0)
-    return TensorStats(low, -low, low * 0, low * 0 + 0.3, torch.stack([low * 0] * 9), low * 0 + 1, tokens=9, query=query)
+    return TensorStats(
+        low, -low, low * 0, low * 0 + 0.3, torch.stack([low * 0] * 9), low * 0 + 1, tokens=9, query=query
+    )
 
 
 def test_a_calibrations_mean_query_steers_static_k_of_4_bits() -> None:
