@@ -12,12 +12,13 @@ from .layout import meta_page_bytes, page_bytes
 from .spec import Format, KVSpec, check_head_dim, check_page_size
 
 # Rows of a params tensor, fp32 [5, h_kv, d].
-SCALE, ZERO, MEAN, BALANCE, QUERY = range(5)
+NUM_PARAM_ROWS = 5
+SCALE, ZERO, MEAN, BALANCE, QUERY = range(NUM_PARAM_ROWS)
 
 
 def identity_params(fmt: Format, h_kv: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Params that change nothing: fp32 `[5, h_kv, d]`, scale and balance 1, the middle code as zero, mean and query 0."""
-    params = torch.zeros(5, h_kv, head_dim, dtype=torch.float32, device=device)
+    params = torch.zeros(NUM_PARAM_ROWS, h_kv, head_dim, dtype=torch.float32, device=device)
     params[SCALE] = params[BALANCE] = 1.0
     if fmt.element.is_integer:
         params[ZERO] = float(fmt.element.mid_code)

@@ -37,8 +37,6 @@ def steered_codes(place: Tensor, direction: Tensor) -> Tensor:
     codes = torch.round(place).clamp(0.0, 15.0)
     aim = direction.round().clamp(-MAX_DIRECTION, MAX_DIRECTION).expand_as(codes)
     steered = (aim != 0).any(-1, keepdim=True)
-    if not steered.any():
-        return codes
     row = torch.round((place.clamp(_LEAST_PLACE, _MOST_PLACE) - _MIDDLE) * _UNITS)
     error = codes * _UNITS - _UNITS * _MIDDLE - row
     along_row, along_aim = _dot(error, row), _dot(error, aim)

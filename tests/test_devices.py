@@ -10,6 +10,7 @@ from foldkv.accuracy import damage, emulate
 from foldkv.accuracy.baselines import BASELINES
 from foldkv.accuracy.ops_report import _plain
 from quant import reference
+from quant.pages import NUM_PARAM_ROWS
 from quant.spec import MODES, Format
 
 META = torch.device("meta")
@@ -31,7 +32,7 @@ def test_the_meta_device_sees_a_tensor_of_another() -> None:
     "fmt", {str(fmt): fmt for spec in MODES.values() for fmt in (spec.k, spec.v)}.values(), ids=str
 )
 def test_formats(fmt: Format, x: Tensor) -> None:
-    params = torch.ones(4, H_KV, D)
+    params = torch.ones(NUM_PARAM_ROWS, H_KV, D)
     assert emulate.format_codec(fmt, params)(x).device == META
     assert damage.clip_rate(fmt, params, x).shape == (H_KV,)
     if not fmt.is_static:

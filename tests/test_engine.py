@@ -254,7 +254,7 @@ def test_wrong_sizes(llama: PreTrainedModel, options: dict[str, object], message
 def test_memory_in_bytes_makes_that_pool(llama: PreTrainedModel) -> None:
     """fp32, 2 layers x 2 heads x 16 channels x K and V: 512 bytes a token."""
     with make_engine(llama, memory="64kB", max_batch=64) as engine:
-        parameters = 2 * 2 * 4 * 2 * 16 * 4
+        parameters = 2 * 2 * 5 * 2 * 16 * 4
         assert engine.num_pages == (64000 - parameters) // (PAGE * 512)
         planned = engine.memory_report()["planned"]
         assert planned["pool"] == engine.runner.paged.nbytes - planned["tables"] + engine.runner.rows.nbytes

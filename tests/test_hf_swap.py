@@ -336,7 +336,7 @@ def test_bits_per_element_of_mixed_layers(model: PreTrainedModel) -> None:
         logits(model, tokens(), past_key_values=cache)
         assert cache.bits_per_element == pytest.approx(swap.bits_per_element)
         row = 2 * H_KV * (2 * D) + 2 * H_KV * (D // 2 + 4)
-        assert cache.nbytes == PAGE * row + 2 * LAYERS * 4 * 4 * H_KV * D + 4 + 4
+        assert cache.nbytes == PAGE * row + 2 * LAYERS * 5 * 4 * H_KV * D + 4 + 4
         assert "'c16,1:c4r'" in repr(swap)
 
 
