@@ -146,7 +146,8 @@ def main() -> None:
     if arguments.c4_scales is not None:
         fitted = KVScales.load(arguments.c4_scales, model.config)
         c4 = measured(model, tokenizer, {"c4": parse_modes("c4", count)}, fitted, **options)["c4"]
-        found = {"c4": c4, **{"c4, ranges by minmax" if name == "c4" else name: entry for name, entry in found.items()}}
+        before = {"c4": {"c4": c4, "c4, ranges by minmax": found.get("c4")}}
+        found = {key: one for name, entry in found.items() for key, one in before.get(name, {name: entry}).items()}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("| | bits | KLD / 99 % / top-1, % / perplexity, % | map |\n|---|---|---|---|")
