@@ -57,6 +57,9 @@ def test_statistics_are_those_of_the_captured_tensors(family: str) -> None:
         assert_stats_of(layers[idx].v, rows_of(v))
         queries = rows_of(q).double().square().mean(0).view(2, 2, 16).mean(1)
         torch.testing.assert_close(layers[idx].k.weight.double(), queries, rtol=1e-5, atol=1e-7)
+        assert layers[idx].k.query is not None and layers[idx].v.query is None
+        queries = rows_of(q).double().mean(0).view(2, 2, 16).mean(1)
+        torch.testing.assert_close(layers[idx].k.query.double(), queries, rtol=1e-5, atol=1e-6)
         projection = model.model.layers[idx].self_attn.o_proj.weight.double()
         columns = projection.square().sum(0).view(2, 2, 16).sum(1)
         torch.testing.assert_close(layers[idx].v.weight.double(), columns, rtol=1e-5, atol=1e-7)

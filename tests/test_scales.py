@@ -98,6 +98,22 @@ def test_layers_may_differ_in_shape_and_be_absent(tmp_path: Path) -> None:
         loaded[3]
 
 
+def test_a_mean_query_is_kept_and_files_without_one_load(saved: Path, tmp_path: Path) -> None:
+    scales = KVScales.load(saved)
+    assert scales[0].k.query is None
+    scales[0].k.query = torch.randn(H_KV, HEAD_DIM)
+    scales.save(tmp_path / "with")
+    loaded = KVScales.load(tmp_path / "with")
+    assert torch.equal(loaded[0].k.query, scales[0].k.query)
+    assert loaded[0].v.query is None and loaded[1].k.query is None
+    scales[0].k.query[1, 2] = float("nan")
+    with pytest.raises(ScaleFileError, match="layer 0 K query, head 1: expected finite values"):
+        scales.check()
+    scales[0].k.query = torch.zeros(H_KV, 3)
+    with pytest.raises(ScaleFileError, match="layer 0 K query: expected shape"):
+        scales.check()
+
+
 def test_half_precision_statistics_are_written_as_fp32(tmp_path: Path) -> None:
     scales = random_scales()
     scales[0].k.weight = scales[0].k.weight.bfloat16()

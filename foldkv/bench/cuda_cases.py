@@ -11,9 +11,10 @@ from torch import Tensor
 
 from quant import ops
 from quant.errors import ArgumentError, describe
-from quant.pages import BALANCE, MEAN, SCALE, ZERO, LayerPages, PagedTensor
+from quant.pages import BALANCE, MEAN, QUERY, SCALE, ZERO, LayerPages, PagedTensor
 from quant.plan import Capacity, Plan
 from quant.spec import KVSpec
+from quant.steering import MAX_DIRECTION
 
 ROTATION_BYTES = 512 << 20
 # Pools of a server: a plan serves max_batch sequences of max_seq_len, but no more tokens than this together.
@@ -88,8 +89,8 @@ def copies_for(step_bytes: float, device: torch.device) -> int:
     return min(copies, int(free // step_bytes))
 
 
-def fill_random(paged: PagedTensor) -> None:
-    """Random codes, scale data and parameters of sensible size, made where the pool is."""
+def fill_random(paged: PagedTensor, *, is_k: bool) -> None:
+    """Random codes, scale data and parameters of sensible size, made where the pool is; K is steered as a calibrated one."""
     fmt, element = paged.fmt, paged.fmt.element
     if element.is_integer:
         paged.codes.random_(0, 256)
@@ -105,6 +106,8 @@ def fill_random(paged: PagedTensor) -> None:
         params[SCALE].uniform_(3.0 / element.max_code, 5.0 / element.max_code)
         if not fmt.symmetric:
             params[ZERO].normal_(element.max_code / 2, element.max_code / 32)
+    if is_k and fmt.steers_rounding and fmt.scaling == "channel":
+        params[QUERY].uniform_(-MAX_DIRECTION, MAX_DIRECTION).round_()
     if fmt.center:
         params[MEAN].normal_(0, 0.1)
     if fmt.balance:
@@ -125,8 +128,8 @@ class PagedCase:
         self.copies = copies or copies_for(step_bytes, device)
         num_pages = pages_step * self.copies
         self.pages = LayerPages.empty(spec, num_pages, work.page_size, work.h_kv, work.head_dim, device)
-        for part in (self.pages.k, self.pages.v):
-            fill_random(part)
+        fill_random(self.pages.k, is_k=True)
+        fill_random(self.pages.v, is_k=False)
         max_seq_len = work.max_seq_len or max(work.lengths)
         column = torch.arange(-(-max_seq_len // work.page_size))
         local = (counts.cumsum(0) - counts)[:, None] + column

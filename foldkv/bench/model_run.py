@@ -179,8 +179,8 @@ def make_engine(model: PreTrainedModel, case: Case, steps: int, compiled: bool =
 def decode_times(engine: Engine, case: Case, steps: int) -> list[float]:
     """Seconds of decoding steps of a full batch in the steady state, from one return of `Engine.step` to the next."""
     for layer in engine.runner.paged.layers:
-        fill_random(layer.k)
-        fill_random(layer.v)
+        fill_random(layer.k, is_k=True)
+        fill_random(layer.v, is_k=False)
     sequences = running_sequences(engine, case, steps)
     for _ in range(WARM_STEPS):
         engine.step()
