@@ -111,3 +111,25 @@ def test_the_harness_scores_through_the_cache(tasks: Path) -> None:
         assert exact["foldkv"]["tokens_through_the_cache"] > 500
         coarse = example.evaluate(model, tokenizer, names, "c4r", route=route, **options)
         assert perplexity(coarse) != pytest.approx(perplexity(stock), rel=1e-3)
+
+
+def test_tables_of_several_checkpoints_are_joined(tmp_path: Path) -> None:
+    table = load_example("accuracy_table")
+    mode = {
+        "bits_per_element": 4.125,
+        "prefill": {
+            "windows": 64, "kld_mean": 0.00732, "kld_se": 0.0003, "kld_p99": 0.048, "top1_agreement": 0.9431, "top1_se": 0.0038,
+            "ppl_change": 0.0046, "ln_ppl_ratio_se": 0.0016,
+        },
+    }  # fmt: skip
+    entry = table.entry_of(mode, "c4")
+    (tmp_path / "llama.json").write_text(json.dumps({"c4": entry, "plan, 5 bits": {**entry, "map": "c4r,0:c8"}}))
+    (tmp_path / "qwen2.json").write_text(json.dumps({"c4": {**entry, "kld_se": None}}))
+    assert table.joined([tmp_path / "llama.json", tmp_path / "qwen2.json"]).splitlines() == [
+        "| mode | bits | llama | qwen2 |",
+        "|---|---|---|---|",
+        "| c4 | 4.125 | 7.32e-03 +- 3e-04 / 4.8e-02 / 94.31 +- 0.38 / +0.46 +- 0.16 "
+        "| 7.32e-03 +- nan / 4.8e-02 / 94.31 +- 0.38 / +0.46 +- 0.16 |",
+        "| plan, 5 bits | 4.125 | 7.32e-03 +- 3e-04 / 4.8e-02 / 94.31 +- 0.38 / +0.46 +- 0.16 |  |",
+        "plan, 5 bits, llama: `c4r,0:c8`",
+    ]
