@@ -44,13 +44,6 @@ struct Launch {
   float norm;  // of the rotation: 1 / sqrt(block)
 };
 
-template <int G>
-__device__ __forceinline__ float row_max(float x) {
-#pragma unroll
-  for (int step = G / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  return x;
-}
-
 template <int N>
 __device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
 #pragma unroll
@@ -110,32 +103,6 @@ __device__ __forceinline__ void rope(const Launch& p, const Rows& rows, int64_t 
       const float other = load_element(rows.data, rows.dtype, at + (first ? c + distance : c - distance));
       x[i] = turn(x[i], other, __ldg(p.cos + table + pair), __ldg(p.sin + table + pair), first);
     }
-  }
-}
-
-// NaN becomes 0 and, in dynamic formats, an infinity the row's largest finite magnitude; counts what was met. Rare.
-template <int V, int G>
-__device__ __forceinline__ void repair(float (&x)[V], bool dynamic, bool valid, int64_t* nonfinite) {
-  float bound = 0.0f;
-  unsigned count = 0;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float magnitude = fabsf(x[i]);
-    if (magnitude <= 0x1.fffffep127f) {
-      bound = fmaxf(bound, magnitude);
-    } else {
-      ++count;
-    }
-  }
-  bound = row_max<G>(bound);
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    if (x[i] != x[i]) x[i] = 0.0f;
-    if (dynamic && fabsf(x[i]) > 0x1.fffffep127f) x[i] = copysignf(bound, x[i]);
-  }
-  count = __reduce_add_sync(kFullWarp, valid ? count : 0);
-  if (nonfinite != nullptr && count > 0 && threadIdx.x % 32 == 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(nonfinite), static_cast<unsigned long long>(count));
   }
 }
 

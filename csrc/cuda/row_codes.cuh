@@ -1,4 +1,4 @@
-// Codes, scale and zero of a dynamic row on a GPU. The definition is quant/dynamic.py.
+// Repair of rows, and codes, scale and zero of dynamic ones on a GPU. The definitions are quant/reference.py and quant/dynamic.py.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,39 @@ struct CodeRange {
 __device__ __forceinline__ float round_up_to_bf16(float x) {
   x = fminf(fmaxf(x, kMinScale), kMaxScale);
   return fminf(__uint_as_float((__float_as_uint(x) + 0xffff) & 0xffff0000u), kMaxScale);
+}
+
+template <int G>
+__device__ __forceinline__ float row_max(float x) {
+#pragma unroll
+  for (int step = G / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
+  return x;
+}
+
+// NaN becomes 0 and, in dynamic formats, an infinity the row's largest finite magnitude; counts what was met. Rare.
+template <int V, int G>
+__device__ __forceinline__ void repair(float (&x)[V], bool dynamic, bool valid, int64_t* nonfinite) {
+  float bound = 0.0f;
+  unsigned count = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float magnitude = fabsf(x[i]);
+    if (magnitude <= 0x1.fffffep127f) {
+      bound = fmaxf(bound, magnitude);
+    } else {
+      ++count;
+    }
+  }
+  bound = row_max<G>(bound);
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (x[i] != x[i]) x[i] = 0.0f;
+    if (dynamic && fabsf(x[i]) > 0x1.fffffep127f) x[i] = copysignf(bound, x[i]);
+  }
+  count = __reduce_add_sync(kFullWarp, valid ? count : 0);
+  if (nonfinite != nullptr && count > 0 && threadIdx.x % 32 == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(nonfinite), static_cast<unsigned long long>(count));
+  }
 }
 
 // Least and greatest of a row from those of its lanes: even lanes gather the greatest, odd ones the least, then they swap.
