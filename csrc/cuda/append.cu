@@ -9,6 +9,7 @@
 
 #include "core/params.h"
 #include "cuda/launch.h"
+#include "cuda/overlap.cuh"
 #include "cuda/row_codes.cuh"
 #include "cuda/row_store.cuh"
 #include "cuda/rows.cuh"
@@ -136,6 +137,8 @@ __device__ __forceinline__ void rotate(float (&x)[V], int block, int lane, float
 template <int V, int G, bool Steers>
 __global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Steers ? 3 : 4))
     append_kernel(const __grid_constant__ Launch p) {
+  wait_for_previous();
+  let_next_begin();
   constexpr unsigned kRows = 32 / G;
   const int lane = threadIdx.x % 32, head = blockIdx.x / 2;
   const bool is_k = blockIdx.x % 2 == 0;
@@ -281,7 +284,7 @@ Side side_of(const Rows& rows, const Cache& cache) {
 }
 
 template <int V, int G>
-int launch(Launch& p, cudaStream_t stream) {
+int launch(const Device& device, Launch& p, cudaStream_t stream) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   p.whole_lanes = p.rot_half % (p.interleaved ? V / 2 : V) == 0 && aligned(p.cos) && aligned(p.sin);
   constexpr int64_t kBlockRows = kWarps * 32 / G;
@@ -294,11 +297,9 @@ int launch(Launch& p, cudaStream_t stream) {
     return side.integer && !side.cache.format.dynamic && side.bits == kSteerBits;
   };
   if (steers(p.side[0]) || steers(p.side[1])) {
-    append_kernel<V, G, true><<<grid, kWarps * 32, 0, stream>>>(p);
-  } else {
-    append_kernel<V, G, false><<<grid, kWarps * 32, 0, stream>>>(p);
+    return launch_overlapping<append_kernel<V, G, true>>(device, grid, kWarps * 32, 0, stream, p);
   }
-  return cudaGetLastError();
+  return launch_overlapping<append_kernel<V, G, false>>(device, grid, kWarps * 32, 0, stream, p);
 }
 
 }  // namespace
@@ -308,6 +309,8 @@ extern "C" int foldkv_cuda_append_kv(const foldkv::AppendParams* params, void* s
   using namespace foldkv::cuda;
   const foldkv::AppendParams& p = *params;
   if (p.num_tokens == 0 || p.h_kv == 0) return cudaSuccess;
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
   int page_shift = 0;
   while (1 << page_shift < p.page_size) ++page_shift;
   Launch launched{{side_of(p.k, p.k_cache), side_of(p.v, p.v_cache)},
@@ -327,8 +330,8 @@ extern "C" int foldkv_cuda_append_kv(const foldkv::AppendParams* params, void* s
                   false,
                   static_cast<float>(1.0 / std::sqrt(static_cast<double>(foldkv::hadamard_block(p.d))))};
   const auto on = static_cast<cudaStream_t>(stream);
-  if (p.d <= 64) return launch<8, 8>(launched, on);
-  if (p.d <= 128) return launch<8, 16>(launched, on);
-  if (p.d <= 256) return launch<8, 32>(launched, on);
-  return launch<16, 32>(launched, on);
+  if (p.d <= 64) return launch<8, 8>(device, launched, on);
+  if (p.d <= 128) return launch<8, 16>(device, launched, on);
+  if (p.d <= 256) return launch<8, 32>(device, launched, on);
+  return launch<16, 32>(device, launched, on);
 }
