@@ -109,40 +109,42 @@ class Queue {
       __syncwarp();
     }
   }
+  __device__ __forceinline__ Block block() const { return kHolds ? block_ : cursor().block; }
+  __device__ __forceinline__ void hold(const Run& run, const Block& block) {
+    if constexpr (kHolds) {
+      run_ = run, block_ = block;
+    } else {
+      __syncwarp();  // all have read what is now written anew
+      if (threadIdx.x % 32 == 0) cursor().run = run, cursor().block = block;
+      __syncwarp();
+    }
+  }
+
   __device__ __forceinline__ void issue(int write) {
     Run now = run();
+    Block in = block();
     const bool going = now.left != 0, values = now.left < 0;
     const uint32_t slot = shared_base() + write * S::kSlotBytes;
     const uint8_t* codes = cursor().codes[values];
+    const int row = now.token - in.token;
     if (S::kKRow == S::kVRow || !values) {
-      copy_codes<S::kKRow / 16>(codes, slot, now, going);
+      copy_codes<S::kKRow / 16>(codes, slot, now, row, going);
     } else {
-      copy_codes<S::kVRow / 16>(codes, slot, now, going);
+      copy_codes<S::kVRow / 16>(codes, slot, now, row, going);
     }
     if constexpr (K::kInteger || V::kInteger) {
-      if (copies_scales_ && now.left > 0) copy_scales(slot, now);
+      if (copies_scales_ && now.left > 0) copy_scales(slot, now, row);
     }
     copy_commit();
     if (!going) return;
     now.token += S::kStageTokens;
     now.left += values ? 1 : -1;
-    Block in;
-    const bool ends = now.left == 0;
-    if (ends) {
-      in = cursor().block;
-      if (!next_run(now, in, values)) {
-        begin_pass();
-        return;
-      }
+    if (now.left == 0 && !next_run(now, in, values)) {
+      begin_pass();
+      return;
     }
-    if (!kHolds || (ends && values)) __syncwarp();  // all have read what is now written anew
-    if constexpr (kHolds) run_ = now;
-    if (threadIdx.x % 32 == 0) {
-      if constexpr (!kHolds) cursor().run = now;
-      if (ends && values) cursor().block.token = in.token;
-    }
-    if (!kHolds || (ends && values)) __syncwarp();
-    if (ends && values && in.token % kPagesTokens == 0) turn_pages(now, in);
+    hold(now, in);
+    if (now.left > 0 && now.token == in.token) turn_pages(now, in);  // a block begins
   }
 
   // The stream goes on with the next pass, if there is one.
@@ -151,33 +153,31 @@ class Queue {
     if (threadIdx.x % 32 == 0) next_pass(cursor());
     __syncwarp();
     const Run now = cursor().run;
-    if constexpr (kHolds) run_ = now;
-    if (now.left == 0) return;
     const Block in = cursor().block;
+    if constexpr (kHolds) run_ = now, block_ = in;
+    if (now.left == 0) return;
     pages_ = fetch_pages(in.token, now, in);
-    next_pages_ = fetch_pages(in.token + kPagesTokens, now, in);
+    next_pages_ = fetch_pages(in.token + in.size, now, in);
   }
 
   // log2 of the page size.
   __device__ __forceinline__ int page_shift() const { return kHolds ? shift_ : 31 - __clz(opaque(p_.page_size)); }
 
-  // Page ids of 256 tokens, which the block is among: lane l has that of the 16 from 16 l on; and those of the next 256, on their
-  // way. A table that names no page of the pool gives wrong numbers, not a fault.
-  static constexpr int kPagesTokens = 256;
-  static_assert(kPagesTokens % kNarrowBlock == 0 && kPagesTokens % S::kWideStep == 0, "no block crosses a border");
-  __device__ __forceinline__ int32_t fetch_pages(int token, const Run& run, const Block& block) const {
-    const int first = (token & -kPagesTokens) + static_cast<int>(opaque(threadIdx.x) % 32 * 16);
-    return __ldg(cursor().table + (min(max(first, run.low), block.end - 1) >> page_shift()));
+  // Page ids of the block: lane l has that of the 16 tokens from 16 l on; and those of the next one, on their way. A table that
+  // names no page of the pool gives wrong numbers, not a fault.
+  static_assert(kNarrowBlock <= 32 * 16 && S::kWideStep <= 32 * 16, "a lane for each page");
+  __device__ __forceinline__ int32_t fetch_pages(int first, const Run& run, const Block& block) const {
+    const int at = min(max(first + static_cast<int>(16 * (opaque(threadIdx.x) % 32)), run.low), block.end - 1);
+    return __ldg(cursor().table + (at >> page_shift()));
   }
-  // The block is the first among them.
+  // A block begins.
   __device__ __forceinline__ void turn_pages(const Run& run, const Block& block) {
     asm volatile("mov.b32 %0, %1;" : "=r"(pages_) : "r"(next_pages_));  // here and no sooner: it waits for the load
-    next_pages_ = fetch_pages(block.token + kPagesTokens, run, block);
+    next_pages_ = fetch_pages(block.token + block.size, run, block);
   }
-  // That of a token.
-  __device__ uint32_t page_of(int token) const {
-    const unsigned lane = static_cast<unsigned>(token) / 16 % (kPagesTokens / 16);
-    return min(static_cast<uint32_t>(__shfl_sync(0xffffffffu, pages_, lane)), p_.max_page);
+  // That of a row of the block.
+  __device__ uint32_t page_of(int row) const {
+    return min(static_cast<uint32_t>(__shfl_sync(0xffffffffu, pages_, static_cast<unsigned>(row) / 16)), p_.max_page);
   }
 
   // Slots of `tokens` tokens.
@@ -222,7 +222,8 @@ class Queue {
   // kStageTokens rows of kUnits * 16 bytes, from the run's token on. Rows outside low .. stop - 1 are zero and are not fetched,
   // nor are their page ids read. `codes`: the kv head's in page 0.
   template <int kUnits>
-  __device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, const Run& run, bool going) {
+  __device__ __forceinline__ void copy_codes(const uint8_t* codes, uint32_t slot, const Run& run, int row0,
+                                             bool going) {
     const int first = run.token, low = run.low, stop = run.stop;
     constexpr int kRow = 16 * kUnits, kPieces = S::kStageTokens * kUnits, kEach = (kPieces + kThreads - 1) / kThreads;
     const int shift = page_shift();
@@ -243,7 +244,7 @@ class Queue {
       for (int i = 0; i < kEach; ++i) {
         if (i * kThreads % kRunPieces == 0) {
           const unsigned token = first + i * kThreads / kUnits;
-          from = codes + (static_cast<uint64_t>(page_of(first + i * kThreads / kUnits)) * page_bytes +
+          from = codes + (static_cast<uint64_t>(page_of(row0 + i * kThreads / kUnits)) * page_bytes +
                           ((token & mask) * kRow + thread * 16));
         }
         if (kPieces % kThreads == 0 || thread + i * kThreads < kPieces) {
@@ -258,7 +259,7 @@ class Queue {
     for (unsigned piece = thread; piece < ceil_div(kPieces, kThreads) * kThreads; piece += kThreads) {
       const unsigned row = piece / kUnits, unit = piece % kUnits;
       const int token = first + static_cast<int>(row);
-      const uint32_t page = page_of(first + row), offset = (token & mask) * kRow + unit * 16;
+      const uint32_t page = page_of(row0 + row), offset = (token & mask) * kRow + unit * 16;
       const bool seen = token >= low && token < stop;
       if (kPieces % kThreads == 0 || piece < kPieces) {
         copy_async(place(piece), codes + (static_cast<uint64_t>(page) * page_bytes + offset), seen ? 16 : 0);
@@ -267,14 +268,14 @@ class Queue {
   }
 
   // Scales of the same tokens, 16 bytes a lane: of K by the first warp, of V by the second.
-  __device__ __forceinline__ void copy_scales(uint32_t slot, const Run& run) {
+  __device__ __forceinline__ void copy_scales(uint32_t slot, const Run& run, int row0) {
     const int first = run.token, low = run.low, stop = run.stop;
     const unsigned thread = opaque(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const Format format = warp == 0 ? p_.k_cache.format : p_.v_cache.format;
     const uint8_t* meta = warp == 0 ? p_.k_cache.meta : p_.v_cache.meta;
     const uint32_t to = slot + (warp == 0 ? S::kKMeta : S::kVMeta) + lane * 16;
     const int bytes = format.meta_bytes(), tokens = 16 / bytes, shift = page_shift();
-    const uint32_t page = page_of(first + min(static_cast<int>(lane) * tokens, S::kStageTokens - 1));
+    const uint32_t page = page_of(row0 + min(static_cast<int>(lane) * tokens, S::kStageTokens - 1));
     if (lane * tokens >= S::kStageTokens) return;
     const int token = first + static_cast<int>(lane) * tokens;
     int valid = min(stop - token, tokens);
@@ -289,6 +290,7 @@ class Queue {
   bool copies_scales_;
   // Of the cursor, where they are held; see there.
   Run run_;
+  Block block_;
   int2 turn_;
   int shift_;
 };
