@@ -17,14 +17,14 @@ _LEAST_PLACE, _MOST_PLACE = -8.0, 23.0
 _MIDDLE = 7.5
 # How much more than its share error along row and direction counts; 4 to 32 do as well (docs/log.md).
 _WEIGHT = 8.0
-_FLIPS = 8
+_FLIPS = 4
 
 
 def steered_codes(place: Tensor, direction: Tensor) -> Tensor:
     """Codes, fp32 `[tokens, h_kv, d]`, of 4-bit rows at `place` (fp32, in codes) under `direction` `[h_kv, d]`.
 
     A query's score with a stored key errs by query . error. Queries that look for a key lie along it, and all queries of a
-    head share a mean; so, from the nearest codes on, up to eight times the one code is moved to its other neighbour that
+    head share a mean; so, from the nearest codes on, up to four times the one code is moved to its other neighbour that
     lowers most
 
         |error|^2 + 8 (error . row)^2 / |row|^2 + 8 (error . direction)^2 / |direction|^2

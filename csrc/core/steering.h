@@ -10,7 +10,7 @@ constexpr float kSteerUnits = 64.0f;  // of a code
 constexpr float kSteerMiddle = 7.5f;
 constexpr float kSteerLeast = -8.0f, kSteerMost = 23.0f;  // positions are cut to these, in codes
 constexpr float kSteerWeight = 8.0f;
-constexpr int kSteerFlips = 8;
+constexpr int kSteerFlips = 4;
 constexpr float kMaxDirection = 511.0f;
 constexpr float kSteerRanks = 8.0f;  // of a unit: changes are compared in whole ones
 
