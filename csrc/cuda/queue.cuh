@@ -139,12 +139,14 @@ class Queue {
     if (!going) return;
     now.token += S::kStageTokens;
     now.left += values ? 1 : -1;
-    if (now.left == 0 && !next_run(now, in, values)) {
-      begin_pass();
-      return;
+    if (now.left == 0) {
+      if (!next_run(now, in, values)) {
+        begin_pass();
+        return;
+      }
+      if (values) turn_pages(now, in);
     }
     hold(now, in);
-    if (now.left > 0 && now.token == in.token) turn_pages(now, in);  // a block begins
   }
 
   // The stream goes on with the next pass, if there is one.
