@@ -48,7 +48,9 @@ template <class K>
 constexpr int kKeySpan = K::kBits == 4 ? 2 : 1;
 template <bool kByTokens>
 struct KeyLane {
-  __device__ static __forceinline__ unsigned row(unsigned lane) { return kByTokens ? lane % 8 + lane / 16 * 8 : lane % 16; }
+  __device__ static __forceinline__ unsigned row(unsigned lane) {
+    return kByTokens ? lane % 8 + lane / 16 * 8 : lane % 16;
+  }
   __device__ static __forceinline__ unsigned high(unsigned lane) { return kByTokens ? lane / 8 % 2 : lane / 16; }
 };
 template <class S, class K, bool kByTokens, int kSpan>
