@@ -1,24 +1,29 @@
 """The table of docs/accuracy.md: modes, plans at several budgets, and controls that must fail on hard models.
 
     python examples/accuracy_table.py MODEL --scales KV --data TEXT [--c4-scales KV4] [--windows 8] [--device cuda] [--json F]
-    python examples/accuracy_table.py --join FILE...
+    python examples/accuracy_table.py --join FILE... [--device cuda] [--json RECORD]
 
 Scales: of `foldkv calibrate MODEL --mode auto`, whose measured costs serve the other budgets; c4-scales: of `--mode c4`, for
 the row `c4`, whose static ranges are then chosen for it. Prints one Markdown row a mode: bits, mean KLD to the 16-bit cache
 with its standard error over windows, 99th percentile, top-1 agreement, perplexity change. `--join` makes one table of the
-files of several checkpoints. `accuracy_table.sh` does all of it for one trained checkpoint and three made hard.
+files of several checkpoints, or of a record, which `--json` then writes, with what produced it. `accuracy_table.sh` does all
+of it for one trained checkpoint and three made hard.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foldkv.accuracy import accuracy_report
+from foldkv.accuracy.stamp import machine, software
 from foldkv.auto.candidates import Choice, TensorSize, mode_text
 from foldkv.auto.search import Budget, frontier, within, without_chance
 from foldkv.hf import load_model
@@ -86,9 +91,17 @@ def cell(entry: Mapping[str, Any]) -> str:
     )
 
 
-def joined(files: list[Path]) -> str:
+def read(files: list[Path]) -> dict[str, Any]:
+    """Checkpoint -> figures by mode: of files of one checkpoint each, named for it, or of a record of all."""
+    tables: dict[str, Any] = {}
+    for file in files:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        tables |= data.get("checkpoints", {file.stem: data})
+    return tables
+
+
+def joined(tables: Mapping[str, Any]) -> str:
     """One Markdown table of modes x checkpoints, and the maps of plans below."""
-    tables = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     names = list(dict.fromkeys(name for table in tables.values() for name in table))
     lines = [f"| mode | bits | {' | '.join(tables)} |", "|---|---|" + "---|" * len(tables)]
     for name in names:
@@ -115,7 +128,7 @@ def parse() -> argparse.Namespace:
         "--only", choices=("modes", "plans", "tables", "controls"), help="one part; tables: modes and plans"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there, for --join")
+    parser.add_argument("--json", type=Path, help="write the figures there, for --join; with --join, the record of all")
     parser.add_argument("--join", type=Path, nargs="+", help="print one table of these files")
     arguments = parser.parse_args()
     if not arguments.join and None in (arguments.model, arguments.scales, arguments.data):
@@ -126,7 +139,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.join:
-        print(joined(arguments.join))
+        tables = read(arguments.join)
+        if arguments.json is not None:
+            head = {**machine(torch.device(arguments.device)), **software(), "command": " ".join(sys.argv)}
+            record = head | {"checkpoints": tables}
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(joined(tables))
         return
     model, tokenizer = load_model(arguments.model, "float32", arguments.device)
     scales = KVScales.load(arguments.scales, model.config)

@@ -5,8 +5,8 @@
 #   examples/accuracy_table.sh MODEL CALIBRATION_TEXT TEST_TEXT WORK [DEVICE] [WINDOWS]
 #
 # DEVICE: cuda (default) or cpu. WINDOWS: 64 of 1024 tokens. WORK: a folder for checkpoints, scales, logs and NAME.json; what is
-# there already is used again. PYTHON: the interpreter. CALIBRATE, TABLE: further options of `foldkv calibrate` and of
-# accuracy_table.py. Prints the joined table; exits with 1 if a checkpoint failed, naming its log.
+# there already is used again. PYTHON: the interpreter, python3 by default. CALIBRATE, TABLE: further options of `foldkv calibrate` and of
+# accuracy_table.py. Prints the joined table and writes WORK/record.json; exits with 1 if a checkpoint failed, naming its log.
 set -euo pipefail
 if [ $# -lt 4 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
@@ -14,7 +14,7 @@ if [ $# -lt 4 ]; then
 fi
 model=$1 text=$2 test=$3 work=$4 device=${5:-cuda} windows=${6:-64}
 examples=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 export PYTHONPATH=$examples/..${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$work"
@@ -48,4 +48,4 @@ for name in "${!running[@]}"; do
   wait "${running[$name]}" || { failed=1; echo "$name failed:" >&2; tail -n 20 "$work/$name.log" >&2; }
 done
 [ $failed = 0 ] || exit 1
-"$python" "$examples/accuracy_table.py" --join "$work"/{llama,llama_hard,qwen2,qwen2_hard}.json
+"$python" "$examples/accuracy_table.py" --join "$work"/{llama,llama_hard,qwen2,qwen2_hard}.json --device "$device" --json "$work/record.json"

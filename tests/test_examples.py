@@ -125,7 +125,8 @@ def test_tables_of_several_checkpoints_are_joined(tmp_path: Path) -> None:
     entry = table.entry_of(mode, "c4")
     (tmp_path / "llama.json").write_text(json.dumps({"c4": entry, "plan, 5 bits": {**entry, "map": "c4r,0:c8"}}))
     (tmp_path / "qwen2.json").write_text(json.dumps({"c4": {**entry, "kld_se": None}}))
-    assert table.joined([tmp_path / "llama.json", tmp_path / "qwen2.json"]).splitlines() == [
+    tables = table.read([tmp_path / "llama.json", tmp_path / "qwen2.json"])
+    assert table.joined(tables).splitlines() == [
         "| mode | bits | llama | qwen2 |",
         "|---|---|---|---|",
         "| c4 | 4.125 | 7.32e-03 +- 3e-04 / 4.8e-02 / 94.31 +- 0.38 / +0.46 +- 0.16 "
@@ -133,3 +134,12 @@ def test_tables_of_several_checkpoints_are_joined(tmp_path: Path) -> None:
         "| plan, 5 bits | 4.125 | 7.32e-03 +- 3e-04 / 4.8e-02 / 94.31 +- 0.38 / +0.46 +- 0.16 |  |",
         "plan, 5 bits, llama: `c4r,0:c8`",
     ]
+
+
+def test_the_table_of_the_docs_is_the_record() -> None:
+    table = load_example("accuracy_table")
+    tables = table.read([ROOT / "bench/results/accuracy-h200.json"])
+    page = (ROOT / "docs/accuracy.md").read_text(encoding="utf-8")
+    assert list(tables) == ["llama", "llama_hard", "qwen2", "qwen2_hard"]
+    for name in tables["llama"]:
+        assert " | ".join(table.cell(figures[name]) for figures in tables.values()) in page, name

@@ -71,8 +71,9 @@ def test_error_along_row_and_direction_shrinks(d: int) -> None:
     direction = direction_of(d)
     mine, theirs = (loss(f, place, direction) for f in (steered_codes(place, direction), plain(place)))
     total, row, aim = (float(a.mean() / b.mean()) for a, b in zip(mine, theirs, strict=True))
-    assert row + aim < {64: 0.35, 128: 0.42, 512: 0.85}[d]  # four flips reach less of a longer row
-    assert total < {64: 1.4, 128: 1.15, 512: 1.05}[d]
+    # Four flips reach less of a longer row. Measured: .22 + .08, .26 + .11, .52 + .31; one in ten more.
+    assert row < {64: 0.25, 128: 0.32, 512: 0.57}[d] and aim < {64: 0.12, 128: 0.12, 512: 0.34}[d]
+    assert total < {64: 1.1, 128: 1.06, 512: 1.02}[d]
 
 
 def test_rows_without_a_direction_are_plain() -> None:
