@@ -11,7 +11,7 @@
 namespace foldkv::cuda {
 
 template <class S, class K, class V, int D>
-__device__ __forceinline__ void run_items(const AttendParams& p, Queue<S, K, V, D>& queue) {
+__device__ __forceinline__ void run_items(const AttendParams& p, Queue<S, K, V>& queue) {
   using Q = Queries<S, K, D>;
   queue.start(Q::current().item, static_cast<int>(Q::current().item_end - Q::current().item));
 #pragma unroll 1
@@ -30,7 +30,7 @@ __device__ __forceinline__ void run_items(const AttendParams& p, Queue<S, K, V, 
       }
     }
   }
-  copy_wait<0>();
+  Queue<S, K, V>::drain();
   __syncthreads();
 }
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ void fill_rows(const AttendParams& p, int begin, floa
 // Grid: any multiple of h_kv. Block b serves kv head b % h_kv and every (gridDim / h_kv)-th worker.
 template <class K, class V, int D, int kMaxRows>
 __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPerSm)
-    attend_kernel(const __grid_constant__ AttendParams p) {
+    attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TileMaps maps) {
   using S = Shape<K, V, D, kMaxRows>;
   const int32_t* plan = p.plan;
   int worker = block_index() / p.h_kv;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPer
     if (threadIdx.x == 0)
       now.num_workers = more.y, now.items_at = more.x, now.tail = tail, S::kv_head() = block_index() % p.h_kv;
   }
-  Queue<S, K, V, D> queue(p);
+  Queue<S, K, V> queue(p, maps);
 #pragma unroll 1
   while (true) {
     __syncthreads();

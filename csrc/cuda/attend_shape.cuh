@@ -10,9 +10,14 @@ constexpr int kThreads = 128, kWarps = 4;
 constexpr int kEmpty = -(1 << 29);  // the running maximum, an integer power of 2, of a state that has seen nothing
 
 // Rows of kUnits units of 16 bytes, placed so that 8 rows read at the same unit come from different banks.
+// Rows of 256 bytes and more lie in parts of 128, each the same part of all rows.
 template <int kUnits>
 struct Swizzle {
+  static constexpr int kPartUnits = kUnits % 8 == 0 ? 8 : kUnits, kParts = kUnits / kPartUnits;
+  static constexpr int kPitch = kPartUnits * 16;  // bytes from row to row
   static constexpr int kLog = kUnits % 8 == 0 ? 3 : kUnits % 4 == 0 ? 2 : kUnits % 2 == 0 ? 1 : 0;
+  // Whether the copy engine can lay rows down so: it swizzles by address, within 128, 64 or 32 bytes.
+  static constexpr bool kTiles = kLog == 0 || kPartUnits == 1 << kLog;
   // What the unit's index is xor-ed with.
   __device__ static __forceinline__ int of(int row) { return (row >> (3 - kLog)) & ((1 << kLog) - 1); }
 };
@@ -31,8 +36,9 @@ constexpr int kMostBlocks = 3;
 constexpr int kMostBlocks = 4;
 #endif
 
-// All of a block's shared memory.
-extern __shared__ __align__(128) uint8_t shared_memory[];
+// All of a block's shared memory; the copy engine swizzles by address, in tiles of at most 1 KB.
+constexpr int kSwizzleBytes = 1024;
+extern __shared__ __align__(kSwizzleBytes) uint8_t shared_memory[];
 __device__ __forceinline__ uint32_t shared_base() { return shared_address(shared_memory); }
 
 template <int kAt, int kRows>
@@ -48,19 +54,29 @@ struct Shape {
   static constexpr int kSlices = D / 32;  // of 32 channels
   static constexpr int kKRow = row_bytes(K::kBits, D), kVRow = row_bytes(V::kBits, D);
   static constexpr int kRow = kKRow > kVRow ? kKRow : kVRow;
+  using KSwizzle = Swizzle<kKRow / 16>;
+  using VSwizzle = Swizzle<kVRow / 16>;
 
-  // The queue of tokens on their way from memory: slots of K codes with the scales of K and V, or of V codes.
-  static constexpr int kStageTokens = kDecode && kRow <= 64 && kRow % 32 == 0 && kKRow == kVRow ? 128 : 64;
+  // Whether the copy engine fills the slots.
+  static constexpr bool kWholeRows = KSwizzle::kTiles && VSwizzle::kTiles;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  static constexpr bool kTiles = kWholeRows;
+#else
+  static constexpr bool kTiles = false;
+#endif
+
+  // The queue of tokens on their way from memory: slots of K codes with the scales of K and V, or of V codes. Slots of 16 KB where
+  // a chunk has as many tokens: fewer barriers.
+  static constexpr bool kIntegers = K::kInteger && V::kInteger;
+  static constexpr int kStageTokens = !kDecode || !kIntegers || kRow > 128 ? 64 : kRow > 64 ? 128 : 256;
   static constexpr int kStageBytes = kStageTokens * kRow;
   static constexpr int kMetaBytes = kStageTokens * 4;
-  static constexpr int kSlotBytes = kStageBytes + (K::kInteger ? kMetaBytes : 0) + (V::kInteger ? kMetaBytes : 0);
+  static constexpr int kSlotUsed = kStageBytes + (K::kInteger ? kMetaBytes : 0) + (V::kInteger ? kMetaBytes : 0);
+  static constexpr int kSlotBytes = (kSlotUsed + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
   static constexpr int kKMeta = kStageBytes, kVMeta = kStageBytes + (K::kInteger ? kMetaBytes : 0);
-  static constexpr int kQueueBytes = kDecode ? 48 << 10 : 64 << 10;
+  static constexpr int kQueueBytes = !kDecode ? 64 << 10 : kIntegers || !kWholeRows ? 48 << 10 : 32 << 10;
   static constexpr int kFit = kQueueBytes / kSlotBytes;
-  static constexpr int kStages = kFit < 3 ? 3 : kFit > 10 ? 10 : kFit;
-
-  // Slots that are waited for, and filled again, together: fewer barriers, and fewer copies of the code that fills them.
-  static constexpr int kTogether = kDecode && kStages >= 5 ? 2 : 1;
+  static constexpr int kStages = kFit < 2 ? 2 : kFit > 10 ? 10 : kFit;
 
   // Queries as fragments read them, 16-bit numbers. Narrow tiles, B fragments: [row][D / 32][t][8]; against bank conflicts,
   // where a row is a multiple of 128 bytes, odd rows have slices swapped in pairs. Wide tiles, A fragments of each k-step:
@@ -80,10 +96,8 @@ struct Shape {
   // Narrow tiles, behind their queries: weights [token][query row], 16 bits.
   static constexpr int kWeightBytes = kNarrowBlock * kNarrowRows * 2;
   static constexpr int kNarrowBytes = kNarrowRows * kQueryRow + kWeightBytes;
-  // Blocks of 64 tokens that wide tiles score together, where slots for them come together: fewer barriers. At d = 96 two kinds
-  // of copies leave no registers for it.
-  static constexpr bool kPairs = kDecode && K::kInteger && V::kInteger && (kTogether > 1 || kStageTokens > 64);
-  static constexpr int kWideBlocks = kPairs && !(D == 96 && kKRow != kVRow) ? 2 : 1;
+  // Blocks of 64 tokens that wide tiles score together, where a slot has as many: fewer barriers.
+  static constexpr int kWideBlocks = kStageTokens > kWideBlock ? 2 : 1;
   static constexpr int kWideStep = kWideBlocks * kWideBlock;
   // Wide tiles whose rows warps share, behind their queries: weights as A fragments [block][tile of 16 rows][k-step][lane][8],
   // and what V's scales make of them, [block][warp][16 rows][2] fp32.
@@ -113,6 +127,9 @@ struct Shape {
   static constexpr int kCursorBytes = 80, kPassBytes = 104;
   static constexpr int kPassAt = kCursorAt + kWarps * kCursorBytes;
   static constexpr int kHeadAt = kPassAt + kPassBytes, kSharedBytes = kHeadAt + 4;
+  // Where the copy engine fills slots, cursors are smaller, and the slots' barriers have the rest of their place.
+  static constexpr int kTileCursorBytes = 48, kBarrierAt = kCursorAt + kWarps * kTileCursorBytes;
+  static_assert(8 * kStages <= kWarps * (kCursorBytes - kTileCursorBytes) && kBarrierAt % 8 == 0, "room for them");
 
   // The block's kv head, which attend_kernel writes.
   __device__ static __forceinline__ int& kv_head() { return *reinterpret_cast<int*>(shared_memory + kHeadAt); }
@@ -170,6 +187,7 @@ struct Pass {
   int block;                  // tokens of a step
 
   // wide_step: S::kWideStep.
+  Pass() = default;
   __device__ Pass(const WorkItem& item, int group, int first_row, int max_rows, int wide_step, int window_left) {
     const int rows_left = item.q_count * group - first_row, q_len = item.seq_len - item.position + item.q_begin;
     const int rows = rows_left < max_rows ? rows_left : max_rows;

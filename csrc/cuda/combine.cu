@@ -10,6 +10,7 @@
 namespace foldkv::cuda {
 namespace {
 
+constexpr int kBlocks = 6;  // a multiprocessor
 constexpr int kBatch = 32;  // partials that a warp waits for together; twice as many are on their way
 
 // What a warp needs to fold one partial into its group.
@@ -117,9 +118,17 @@ __global__ void __launch_bounds__(kThreads)
   const auto* merges = reinterpret_cast<const MergeItem*>(plan + head_a.w);
   const unsigned num_rows = head_b.x != kPlanOk ? 0 : head_a.y * most_queries * p.h_q;  // no more than rows of queries
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Blocks come, in their order, to where attend's first ones have ended, several to a multiprocessor. So rows that follow one
+  // another, which are of the same sequence, are far apart.
+  const unsigned spread = blockIdx.x % kBlocks * (gridDim.x / kBlocks) + blockIdx.x / kBlocks;
+  unsigned first = spread;
+  if (num_rows > 0 && num_rows < gridDim.x) {
+    first = (spread * num_rows + gridDim.x - 1) / gridDim.x;
+    if (first * gridDim.x / num_rows != spread) first = num_rows;
+  }
   wait_for_previous();
 #pragma unroll 1
-  for (unsigned row_at = blockIdx.x; row_at < num_rows; row_at += gridDim.x) {
+  for (unsigned row_at = first; row_at < num_rows; row_at += gridDim.x) {
     const unsigned token_at = row_at / p.h_q, merge = token_at / most_queries;
     const int token = static_cast<int>(token_at - merge * most_queries),
               head = static_cast<int>(row_at - token_at * p.h_q);
@@ -178,7 +187,7 @@ cudaError_t launch(const Device& device, const AttendParams& p, bool integer, fl
 }  // namespace
 
 cudaError_t combine(const Device& device, const AttendParams& p, bool integer, float boost, cudaStream_t stream) {
-  const int num_blocks = 6 * device.num_sms;
+  const int num_blocks = kBlocks * device.num_sms;
   switch (p.d) {
     case 64: return launch<64>(device, p, integer, boost, num_blocks, stream);
     case 96: return launch<96>(device, p, integer, boost, num_blocks, stream);

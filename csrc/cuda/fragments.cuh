@@ -56,6 +56,7 @@ struct KeyLane {
 template <class S, class K, bool kByTokens, int kSpan>
 __device__ __forceinline__ void load_keys(uint32_t (&word)[kSpan][K::kBits / 4][2], int slice, uint32_t row,
                                           uint32_t first, unsigned high) {
+  using Layout = typename S::KSwizzle;
   constexpr int kUnits = S::kKRow / 16, kWords = K::kBits / 4;
   if constexpr (kSpan * kWords == 1) {
     static_assert(!kByTokens, "one unit has no neighbour");
@@ -66,7 +67,8 @@ __device__ __forceinline__ void load_keys(uint32_t (&word)[kSpan][K::kBits / 4][
       const int unit = slice * kWords + i;
       const bool both = unit + 1 < kUnits;  // the last one may be single
       uint32_t r[4];
-      load_tiles(r, row + ((both ? first : first ^ (high << 4)) ^ (unit << 4)));
+      load_tiles(r, row + unit / Layout::kPartUnits * S::kStageTokens * Layout::kPitch +
+                        ((both ? first : first ^ (high << 4)) ^ (unit % Layout::kPartUnits << 4)));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (j == 1 && !both) continue;
@@ -84,21 +86,27 @@ __device__ __forceinline__ void load_keys(uint32_t (&word)[kSpan][K::kBits / 4][
 template <class S, class V, bool kByUnits>
 __device__ __forceinline__ void load_values(uint32_t (&word)[2][V::kBits / 4][2], int step, uint32_t at, int slice,
                                             int lane) {
-  constexpr int kUnits = S::kVRow / 16, kWords = V::kBits / 4;
+  using Layout = typename S::VSwizzle;
+  constexpr int kWords = V::kBits / 4;
   if constexpr (kWords == 1) {
     if (step == 0) {
       uint32_t r[4];
-      load_tiles_transposed(r, at + lane * S::kVRow + ((slice ^ Swizzle<kUnits>::of(lane)) << 4));
+      load_tiles_transposed(r, at + lane * Layout::kPitch + ((slice ^ Layout::of(lane)) << 4));
       word[0][0][0] = r[0], word[0][0][1] = r[1], word[1][0][0] = r[2], word[1][0][1] = r[3];
     }
   } else {
+    int first = slice * kWords;
+    if constexpr (Layout::kParts > 1) {
+      at += first / Layout::kPartUnits * S::kStageTokens * Layout::kPitch;
+      first %= Layout::kPartUnits;
+    }
 #pragma unroll
     for (int unit = 0; unit < kWords; unit += 2) {
       const int row = 16 * step + (kByUnits ? lane % 8 + lane / 16 * 8 : lane % 16);
       const int high = kByUnits ? lane / 8 % 2 : lane / 16;
-      const int from = (slice * kWords + unit + high) ^ Swizzle<kUnits>::of(row);
+      const int from = (first + unit + high) ^ Layout::of(row);
       uint32_t r[4];
-      load_tiles_transposed(r, at + row * S::kVRow + (from << 4));
+      load_tiles_transposed(r, at + row * Layout::kPitch + (from << 4));
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll

@@ -15,11 +15,11 @@ class Narrow {
   static constexpr int kOwn = (kSlices + kWarps - 1) / kWarps;  // slices of a warp: warp, warp + 4
   static constexpr int kKWords = K::kBits / 4, kVWords = V::kBits / 4;
   static constexpr int kTiles = kNarrowBlock / 64, kStageTiles = S::kStageTokens / 64;
-  static constexpr int kMaxStages = kNarrowBlock / S::kStageTokens;
+  static constexpr int kRound = kStageTiles > 1 ? 2 : 1;  // tiles that are scored in a row
   static_assert(kNarrowBlock == kChunkSize, "a block is a chunk");
 
  public:
-  __device__ __forceinline__ Narrow(const AttendParams& p, Queue<S, K, V, D>& queue)
+  __device__ __forceinline__ Narrow(const AttendParams& p, Queue<S, K, V>& queue)
       : p_(p),
         queue_(queue),
         warp_(opaque(threadIdx.x) / 32),
@@ -27,8 +27,8 @@ class Narrow {
         g_(lane_ / 4),
         t_(lane_ % 4) {
     const unsigned lane = opaque(threadIdx.x) % 32, row = warp_ * 16 + KeyLane<false>::row(lane);
-    key_row_ = row * S::kKRow;
-    key_unit_ = (KeyLane<false>::high(lane) ^ Swizzle<S::kKRow / 16>::of(row)) << 4;
+    key_row_ = row * S::KSwizzle::kPitch;
+    key_unit_ = (KeyLane<false>::high(lane) ^ S::KSwizzle::of(row)) << 4;
   }
 
   __device__ __forceinline__ void run() {
@@ -102,14 +102,11 @@ class Narrow {
 
   // --- scores --------------------------------------------------------------------------------------------------------
 
-  // Logits times log2(e) of this warp's 16 of 64 tokens and 8 query rows, as a C fragment; in two chains of sums.
+  // Dot products of this warp's 16 of 64 tokens and 8 query rows, as a C fragment; in two chains of sums.
   __device__ __forceinline__ void score(uint32_t slot, int row0, float (&x)[4]) const {
-    const uint32_t keys = slot + row0 * S::kKRow + key_row_;
+    const uint32_t keys = slot + row0 * S::KSwizzle::kPitch + key_row_;
     float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    const float2 start = pair(Rows::correction());
-    x[0] = x[2] = start.x;
-    x[1] = x[3] = start.y;
-    if constexpr (!K::kInteger) x[0] = x[1] = x[2] = x[3] = 0.0f;
+    x[0] = x[1] = x[2] = x[3] = 0.0f;
     uint32_t word[kKeySpan<K>][kKWords][2];
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
@@ -124,33 +121,56 @@ class Narrow {
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) x[c] += odd[c];
-    const float2 factor = pair(Rows::factor()), base = pair(Rows::base());
     if constexpr (K::kInteger) {
       const Format& format = p_.k_cache.format;
       if (format.dynamic) {
-        const float2 sum = pair(Rows::sum());
+        const float2 sum = pair(Rows::sum()), start = pair(Rows::correction());
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t raw = load_scale(format, slot + S::kKMeta, row0 + 16 * warp_ + g_ + 8 * h);
           const Scale k = unpack_scale<K>(raw, format.stored_zero);
-          x[2 * h] = fmaf(-k.zero, sum.x, x[2 * h]) * k.scale;
-          x[2 * h + 1] = fmaf(-k.zero, sum.y, x[2 * h + 1]) * k.scale;
+          x[2 * h] = (x[2 * h] + fmaf(-k.zero, sum.x, start.x)) * k.scale;
+          x[2 * h + 1] = (x[2 * h + 1] + fmaf(-k.zero, sum.y, start.y)) * k.scale;
         }
       }
     }
-#pragma unroll
-    for (int c = 0; c < 4; ++c) x[c] = fmaf(x[c], c % 2 ? factor.y : factor.x, c % 2 ? base.y : base.x);
-    if (p_.softcap > 0.0f) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = soft_cap(x[c], p_.softcap);
-    }
   }
 
-  __device__ __forceinline__ void mask(float (&x)[4], int token) const {
+  // Logits times log2(e), of all tiles; nothing where no query sees a key.
+  __device__ __forceinline__ void finish_scores(float (&x)[kTiles][4], int token, bool whole) const {
+    const float2 factor = pair(Rows::factor());
+    float2 base = pair(Rows::base());
+    if constexpr (K::kInteger) {
+      if (!p_.k_cache.format.dynamic) {
+        const float2 start = pair(Rows::correction());
+        base = make_float2(fmaf(start.x, factor.x, base.x), fmaf(start.y, factor.y, base.y));
+      }
+    }
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int r = 2 * t_ + c % 2, key = token + g_ + 8 * (c / 2);
-      if (key < Rows::key_begin()[r] || key >= Rows::key_end()[r]) x[c] = -INFINITY;
+    for (int at = 0; at < kTiles; ++at) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[at][c] = fmaf(x[at][c], c % 2 ? factor.y : factor.x, c % 2 ? base.y : base.x);
+    }
+    if (p_.softcap > 0.0f) {
+#pragma unroll
+      for (int at = 0; at < kTiles; ++at) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) x[at][c] = soft_cap(x[at][c], p_.softcap);
+      }
+    }
+    if (whole) return;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int r = 2 * t_ + j, first = token + 16 * warp_ + g_;
+      const int begin = Rows::key_begin()[r] - first, end = Rows::key_end()[r] - first;
+#pragma unroll
+      for (int at = 0; at < kTiles; ++at) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int key = 64 * at + 8 * h;
+          if (key < begin || key >= end) x[at][2 * h + j] = -INFINITY;
+        }
+      }
     }
   }
 
@@ -162,44 +182,42 @@ class Narrow {
     float x[kTiles][4];
     uint32_t v_raw[kTiles][2];  // scale and zero of V, of this thread's tokens
     const Pass& pass = current().pass;
-    const int num_stages = ceil_div(min(kNarrowBlock, pass.end - token), S::kStageTokens);
-    // A round a time, so that there is little code: a short batch spends its time fetching it. Tiles move up to make room.
-    constexpr int kRound = S::kTogether > 1 ? 2 : 1, kRoundStages = (kRound + kStageTiles - 1) / kStageTiles;
-    static_assert(kRound % kStageTiles == 0, "whole slots");
+    // In rounds, and they are rolled, so that there is little code: a short batch spends its time fetching it. Tiles move up to
+    // make room. Where a slot has all tiles there is little code anyway.
+    const int num_tiles = ceil_div(min(kNarrowBlock, pass.end - token), 64 * kRound) * kRound;
     const bool whole = token >= pass.whole_begin && token + kNarrowBlock <= pass.whole_end;
-    int first = 0;
-#pragma unroll 1
-    for (int stage = 0; stage < kMaxStages; stage += kRoundStages) {
+    uint32_t slot = 0;
+#pragma unroll(kStageTiles == kTiles ? kTiles : 1)
+    for (int tile = 0; tile < kTiles; tile += kRound) {
 #pragma unroll
       for (int at = 0; at + kRound < kTiles; ++at) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) x[at][c] = x[at + kRound][c];
         v_raw[at][0] = v_raw[at + kRound][0], v_raw[at][1] = v_raw[at + kRound][1];
       }
-      if (stage % S::kTogether == 0 && stage < num_stages) first = queue_.next(min(num_stages - stage, S::kTogether));
+      if (tile < num_tiles) {
+        if (tile % kStageTiles == 0) slot = queue_.next_keys();
 #pragma unroll
-      for (int i = 0; i < kRound; ++i) {
-        float (&scores)[4] = x[kTiles - kRound + i];
-        uint32_t (&scale)[2] = v_raw[kTiles - kRound + i];
-        const int slot_at = stage + i / kStageTiles;
-        if (slot_at < num_stages) {
-          const uint32_t slot = queue_.slot(first, slot_at % S::kTogether);
-          const int row0 = i % kStageTiles * 64, key = token + slot_at * S::kStageTokens + row0 + 16 * warp_;
-          score(slot, row0, scores);
-          load_v_scales(slot, row0 + 16 * warp_, key, whole, scale);
-          if (!whole) mask(scores, key);
-        } else {
-          scale[0] = scale[1] = 0;
-          scores[0] = scores[1] = scores[2] = scores[3] = -INFINITY;
+        for (int i = 0; i < kRound; ++i) {
+          const int at = kTiles - kRound + i, row0 = (tile % kStageTiles + i) * 64 + 16 * warp_;
+          score(slot, row0 - 16 * warp_, x[at]);
+          load_v_scales(slot, row0, token + tile * 64 + i * 64 + 16 * warp_, whole, v_raw[at]);
+        }
+      } else {
+#pragma unroll
+        for (int i = kTiles - kRound; i < kTiles; ++i) {
+          x[i][0] = x[i][1] = x[i][2] = x[i][3] = 0.0f;
+          v_raw[i][0] = v_raw[i][1] = 0;
         }
       }
     }
+    finish_scores(x, token, whole);
     share_max(x, v_raw, v_dynamic);
     __syncthreads();
     begin_run(chunk);
-    chunk.max = weights(x, v_raw, v_dynamic, num_stages * kStageTiles);
+    chunk.max = weights(x, v_raw, v_dynamic, num_tiles);
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the weights: a C fragment, all rows alike
-    weigh(num_stages, chunk.out, sums);
+    weigh(token, num_tiles, chunk.out, sums);
     chunk.total = make_float2(sums[0], sums[1]);
     float2 zeros = make_float2(0.0f, 0.0f);
     if (v_dynamic) gather_sums(chunk.total, zeros);
@@ -342,19 +360,22 @@ class Narrow {
   // --- values ----------------------------------------------------------------------------------------------------------
 
   // out += V^T P^T over a chunk's tokens, for this warp's channels.
-  __device__ __forceinline__ void weigh(int num_stages, Outputs& out, float (&sums)[4]) {
+  __device__ __forceinline__ void weigh(int token, int num_tiles, Outputs& out, float (&sums)[4]) {
     constexpr uint32_t kOnes[4] = {V::Math::kOnes, V::Math::kOnes, V::Math::kOnes, V::Math::kOnes};
-    int first = 0;
+    uint32_t values = 0;
 #pragma unroll 1
-    for (int stage = 0; stage < num_stages; ++stage) {
+    for (int tile = 0; tile < num_tiles; tile += kRound) {
       // The first one is also the barrier behind the weights.
-      if (stage % S::kTogether == 0) first = queue_.next(min(num_stages - stage, S::kTogether));
+      if (tile % kStageTiles == 0) {
+        values = queue_.next_values();
+        queue_.clear_unseen(values, token + tile * 64, current().pass.low, current().pass.end);
+      }
       if (warp_ >= kSlices) continue;
-      const uint32_t slot = queue_.slot(first, stage % S::kTogether);
       const int lane = opaque(lane_);
-      const uint32_t weights = shared_base() + S::kWeightAt + stage * S::kStageTokens * 16;
+      const uint32_t weights = shared_base() + S::kWeightAt + tile * 64 * 16;
+      const uint32_t rows = values + tile % kStageTiles * (64 * S::VSwizzle::kPitch);
 #pragma unroll
-      for (int at = 0; at < S::kStageTokens; at += 32) {
+      for (int at = 0; at < 64 * kRound; at += 32) {
         uint32_t p[4];  // B fragments of two k-steps of 16 tokens
         load_tiles_transposed(p, weights + at * 16 + lane * 16);
         uint32_t word[kOwn][2][kVWords][2];
@@ -363,11 +384,13 @@ class Narrow {
           V::Math::mma(sums, kOnes, p[2 * step], p[2 * step + 1]);
 #pragma unroll
           for (int own = 0; own < kOwn; ++own) {
-            load_values<S, V, true>(word[own], step, slot + at * S::kVRow, warp_ + own * kWarps, lane);
+            load_values<S, V, true>(word[own], step, rows + at * S::VSwizzle::kPitch, warp_ + own * kWarps, lane);
             uint32_t a[2][4];
             V::v_fragments(word[own][step], a);
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) V::Math::mma(out[own][tile], a[tile], p[2 * step], p[2 * step + 1]);
+            for (int tile16 = 0; tile16 < 2; ++tile16) {
+              V::Math::mma(out[own][tile16], a[tile16], p[2 * step], p[2 * step + 1]);
+            }
           }
         }
       }
@@ -488,7 +511,7 @@ class Narrow {
   }
 
   const AttendParams& p_;
-  Queue<S, K, V, D>& queue_;
+  Queue<S, K, V>& queue_;
   const int warp_, lane_, g_, t_;
   uint32_t key_row_, key_unit_;  // of the row that this lane names in score()
 };

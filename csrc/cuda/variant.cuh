@@ -3,6 +3,7 @@
 
 #include "cuda/attend.cuh"
 #include "cuda/overlap.cuh"
+#include "cuda/tile_maps.h"
 #include "cuda/variant.h"
 
 namespace foldkv::cuda {
@@ -13,7 +14,9 @@ cudaError_t launch_attend(const Device& device, const AttendParams& p, int num_b
   constexpr auto kKernel = attend_kernel<K, V, D, kMaxRows>;
   const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  return launch_overlapping<kKernel>(device, num_blocks, kThreads, kBytes, stream, p);
+  TileMaps maps{};
+  if (const cudaError_t failed = tile_maps(device, p, maps); failed != cudaSuccess) return failed;
+  return launch_overlapping<kKernel>(device, num_blocks, kThreads, kBytes, stream, p, maps);
 }
 
 // `rows`: query rows that sequences have on average; each kernel serves any number, and with the same bits. So where a

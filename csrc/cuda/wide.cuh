@@ -19,12 +19,12 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
   using Base::kOwn, Base::kSlices, Base::kSplit, Base::part, Base::raise, Base::recall, Base::row, Base::thread;
   static constexpr int kTiles = kWideBlock / 8;  // of 8 tokens
   static constexpr int kMine = kTiles / kSplit;  // that a warp scores
-  static constexpr int kBlocks = S::kWideBlocks, kSlotBlocks = S::kStageTokens / kWideBlock;
+  static constexpr int kBlocks = S::kWideBlocks;
   static_assert(kBlocks == 1 || kSplit == 4, "one row tile");
   static constexpr int kKWords = K::kBits / 4, kVWords = V::kBits / 4;
 
  public:
-  __device__ __forceinline__ Wide(const AttendParams& p, Queue<S, K, V, D>& queue) : p_(p), queue_(queue) {}
+  __device__ __forceinline__ Wide(const AttendParams& p, Queue<S, K, V>& queue) : p_(p), queue_(queue) {}
 
   __device__ __forceinline__ void run() {
     const Current& now = current();
@@ -66,13 +66,12 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
   // Adds the blocks from `token` on, up to the pass' end, to a chunk's state: one after another, but scored together.
   __device__ __forceinline__ void attend_blocks(int token, State& s) {
     const int blocks = kBlocks == 1 ? 1 : min(kBlocks, ceil_div(current().pass.end - token, kWideBlock));
-    const int slots = kSlotBlocks > 1 ? 1 : blocks;
     uint32_t weight[kBlocks][kMine][2];  // two tokens each, of the two rows: A fragments
     Sums sums[kBlocks] = {};
     int max[kBlocks][2];
     {
       const Pass& pass = current().pass;
-      const int first = queue_.next(slots);
+      const uint32_t keys = queue_.next_keys();
       float x[kBlocks][kMine][4], highest[kBlocks][2];
       bool whole[kBlocks];
 #pragma unroll
@@ -81,9 +80,9 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
         if (b >= blocks) continue;
         const int at = token + b * kWideBlock;
         whole[b] = at >= pass.whole_begin && at + kWideBlock <= pass.whole_end;
-        score(slot_of(first, b), row_of(b), x[b]);
+        score(keys, row_of(b), x[b]);
         if (!whole[b]) mask(x[b], at);
-        find_highest(slot_of(first, b), row_of(b), at, whole[b], x[b], highest[b]);
+        find_highest(keys, row_of(b), at, whole[b], x[b], highest[b]);
       }
       if constexpr (kSplit > 1) share_highest(highest);
 #pragma unroll
@@ -91,7 +90,7 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
 #pragma unroll
         for (int h = 0; h < 2; ++h) max[b][h] = round_max(highest[b][h], b == 0 ? s.max[h] : max[b - 1][h]);
         if (b >= blocks) continue;
-        weigh_tokens(slot_of(first, b), row_of(b), token + b * kWideBlock, whole[b], x[b], max[b], weight[b], sums[b]);
+        weigh_tokens(keys, row_of(b), token + b * kWideBlock, whole[b], x[b], max[b], weight[b], sums[b]);
         if constexpr (kSplit > 1) hand_out(b, weight[b], sums[b]);
       }
     }
@@ -105,10 +104,12 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
       } else {
         add_weights(s, fragment);
       }
-      const uint32_t values = queue_.slot(queue_.next(1), 0);
+      const uint32_t values = queue_.next_values();
+      queue_.clear_unseen(values, token, current().pass.low, current().pass.end);
       add_values(values, 0, s, fragment);
     } else {
-      const int first = queue_.next(slots);  // a barrier, too
+      const uint32_t values = queue_.next_values();  // a barrier, too
+      queue_.clear_unseen(values, token, current().pass.low, current().pass.end);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         if (b >= blocks) continue;
@@ -122,16 +123,13 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
         } else {
           add_weights(s, fragment);
         }
-        add_values(slot_of(first, b), row_of(b), s, fragment);
+        add_values(values, row_of(b), s, fragment);
       }
     }
   }
 
-  // Where a block of the slots from `first` on is, and its first row there.
-  __device__ __forceinline__ uint32_t slot_of(int first, int block) const {
-    return queue_.slot(first, block / kSlotBlocks);
-  }
-  __device__ __forceinline__ static constexpr int row_of(int block) { return block % kSlotBlocks * kWideBlock; }
+  // A block's first row in its slot.
+  __device__ __forceinline__ static constexpr int row_of(int block) { return block * kWideBlock; }
 
   // The first of the tiles that this warp scores.
   __device__ __forceinline__ static int first_tile() { return kSplit == 1 ? 0 : part() * kMine; }
@@ -180,7 +178,7 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
 
   // Logits times log2(e) of this warp's tokens: x[8 tokens] as C fragments.
   __device__ __forceinline__ void score(uint32_t slot, int row0, float (&x)[kMine][4]) const {
-    constexpr int kUnits = S::kKRow / 16, kSpan = kSplit == 4 ? 1 : kKeySpan<K>;
+    constexpr int kSpan = kSplit == 4 ? 1 : kKeySpan<K>;
     constexpr bool kByTokens = kSpan * kKWords > 1;
     {
       const int r = row();
@@ -196,8 +194,8 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
     for (int slice = 0; slice < kSlices; slice += kSpan) {
       const unsigned lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane),
                      high = KeyLane<kByTokens>::high(lane);
-      const uint32_t keys = slot + (row0 + 8 * first_tile() + key_row) * S::kKRow;
-      const uint32_t first = (high ^ Swizzle<kUnits>::of(key_row)) << 4;
+      const uint32_t keys = slot + (row0 + 8 * first_tile() + key_row) * S::KSwizzle::kPitch;
+      const uint32_t first = (high ^ S::KSwizzle::of(key_row)) << 4;
       uint32_t q[kSpan][2][4];
 #pragma unroll
       for (int i = 0; i < kSpan && slice + i < kSlices; ++i) {
@@ -210,7 +208,7 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
 #pragma unroll
       for (int n = 0; n < kMine; n += 2) {
         uint32_t word[kSpan][kKWords][2];
-        load_keys<S, K, kByTokens, kSpan>(word, slice, keys + 8 * n * S::kKRow, first, high);
+        load_keys<S, K, kByTokens, kSpan>(word, slice, keys + 8 * n * S::KSwizzle::kPitch, first, high);
 #pragma unroll
         for (int i = 0; i < kSpan && slice + i < kSlices; ++i) {
           uint32_t k[2][4];
@@ -434,7 +432,8 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) {
           if (!has_slice(own)) continue;
-          load_values<S, V, false>(word[own], step, slot + (row0 + at) * S::kVRow, part() + own * kSplit, lane);
+          load_values<S, V, false>(word[own], step, slot + (row0 + at) * S::VSwizzle::kPitch, part() + own * kSplit,
+                                   lane);
           uint32_t v[2][4];
           V::v_fragments(word[own][step], v);
 #pragma unroll
@@ -448,7 +447,7 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
   }
 
   const AttendParams& p_;
-  Queue<S, K, V, D>& queue_;
+  Queue<S, K, V>& queue_;
 };
 
 }  // namespace foldkv::cuda
