@@ -72,7 +72,7 @@ inline Cache as_cache(const Tensor& codes, const Tensor& meta, const Tensor& par
   check_tensor(params, is_k ? "k_params" : "v_params", ScalarType::Float, {kNumParamRows, shape.h_kv, shape.d},
                "scale/zero/mean/balance/query, h_kv, d");
   return {static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<uint8_t*>(meta.mutable_data_ptr()),
-          static_cast<const float*>(params.const_data_ptr()), format};
+          static_cast<const float*>(params.const_data_ptr()), nullptr, format};
 }
 
 template <class T>
