@@ -163,8 +163,8 @@ def balance(stats: TensorStats, power: float = _POWER) -> Tensor:
     """Per-channel divisor fp32 `[h_kv, d]`, geometric mean 1 per head, that moves noise to where it weighs least.
 
     With one step for all channels, noise costs sum_c weight_c balance_c^2 times the step squared, which grows as
-    sum_c var_c / balance_c^2: the product is least at (var / weight)^(1/4) (Cauchy-Schwarz). Clamped to `MAX_BALANCE`. power: of var; weight has
-    what is left of a half.
+    sum_c var_c / balance_c^2: the product is least at (var / weight)^(1/4) (Cauchy-Schwarz). Clamped to `MAX_BALANCE`.
+    power: of var; weight has what is left of a half.
     """
     var, weight = stats.var.double(), stats.weight.double()
     log = power * var.log() - (0.5 - power) * weight.log()

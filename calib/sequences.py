@@ -32,7 +32,10 @@ class LayerSequences:
 
 
 def log_weights(q: Tensor, k: Tensor, softmax_scale: float | None, window: int | None) -> Tensor:
-    """Log attention weights `[h_kv, group, queries, keys]` of q `[seq, h_q, d]` over k `[seq, h_kv, d]`; -inf for unseen keys."""
+    """Log attention weights `[h_kv, group, queries, keys]` of q `[seq, h_q, d]` over k `[seq, h_kv, d]`.
+
+    -inf for keys that are not seen; softmax_scale, window: as `LayerSequences` has them.
+    """
     length, h_q, d = q.shape
     h_kv = k.shape[1]
     scale = 1 / math.sqrt(d) if softmax_scale is None else softmax_scale

@@ -66,9 +66,7 @@ def min_max_scale(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tenso
     return scale, (-(low / scale)).half().float()
 
 
-def search_rows(
-    y: Tensor, low: Tensor, width: Tensor, shaping: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def search_rows(y: Tensor, low: Tensor, width: Tensor, shaping: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of 4-bit rows that hold both signs: the grid that errs least, its step without bias.
 
     y: fp32 `[..., d]` from `low` to `low + width` `[..., 1]`. Of one plain grid, from minimum to maximum, and three finer

@@ -29,7 +29,8 @@ _ATTENTION = (
 SCHEMAS = {
     "append_kv": "(Tensor k, Tensor v, "
     + _PAGES.format(k="(a!)", v="(b!)", km="(c!)", vm="(d!)")
-    + "Tensor? k_shaping, Tensor? v_shaping, Tensor slot_mapping, Tensor? cos, Tensor? sin, Tensor? positions, bool interleaved, Tensor(e!)? nonfinite, "
+    + "Tensor? k_shaping, Tensor? v_shaping, Tensor slot_mapping, Tensor? cos, Tensor? sin, Tensor? positions, "
+    "bool interleaved, Tensor(e!)? nonfinite, "
     "int k_format, int v_format, int page_size) -> ()",
     "plan": "(Tensor seq_lens, Tensor cu_seqlens_q, Tensor? seq_starts, Tensor(a!) plan, int window_left, "
     "int chunk_size, int tile_q, int num_workers, int max_items, int max_tiles, int max_partials, "

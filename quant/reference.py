@@ -56,9 +56,7 @@ def _finite(x: Tensor, bound: Tensor | float) -> Tensor:
     )
 
 
-def quantize(
-    x: Tensor, fmt: Format, params: Tensor, shaping: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, fmt: Format, params: Tensor, shaping: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of rows `x`.
 
     x: `[tokens, h_kv, d]`, any float dtype; an integer format; params: fp32 `[5, h_kv, d]`; shaping: int8

@@ -22,7 +22,8 @@ def shape_codes(codes: Tensor, error: Tensor, step: Tensor, shaping: Tensor, max
     """Codes, fp32 `[tokens, h_kv, d]`, that err less under `shaping` than the nearest ones `codes` (fp32, whole numbers).
 
     error: fp32 whole numbers, what each code stands for minus the true value, in units; at most 23 of them are counted. step:
-    units of a code, fp32 `[tokens, h_kv, 1]` or `[1]`, 30 or 32. shaping: int8 `[h_kv, d, d]`, symmetric, see `calib.derive`; a head whose first element is 0 keeps its codes. d: at most 256.
+    units of a code, fp32 `[tokens, h_kv, 1]` or `[1]`, 30 or 32. shaping: int8 `[h_kv, d, d]`, symmetric (`calib.derive` makes
+    it); a head whose first element is 0 keeps its codes. d: at most 256.
 
     An error e of a stored key costs a query q (q . e)^2, so over many queries e' G e with G their Gram matrix; an error of a
     value costs that much behind the output projection, whose Gram matrix G then is. From the nearest codes on, up to eight
