@@ -58,9 +58,9 @@ REFERENCE_SHARE = 0.25
 """A mode's KLD from its reference may be this share of the reference's own from the base ..."""
 REFERENCE_SHARE_SEARCHED = 0.5
 """... this one where rows are searched: a rounding that tips the choice of a grid changes the row's whole error ..."""
-REFERENCE_SHARE_SHAPED = 1.0
+REFERENCE_SHARE_SHAPED = 0.75
 """... and this one where rounding is shaped: a rounding that turns one choice turns those that follow, so rows err anew from
-the second layer on (0.48 to 0.57 measured; errors that have nothing to do with one another are at 2) ..."""
+the second layer on (0.48 to 0.57 measured; a cache that quantises nothing is at 1) ..."""
 REFERENCE_NOISE = 10.0
 """... and this many times what rounding does to the base, measured the same way, besides ..."""
 REFERENCE_FLIPS = 4.0
