@@ -161,6 +161,12 @@ class KVScales:
         return self.config.get("data", {}).get("max_position")
 
     @property
+    def grams(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """`TensorStats.gram` of K and of V of each layer; None, too, for a layer without statistics."""
+        k = [None if layer is None else layer.k.gram for layer in self.layers]
+        return k, [None if layer is None else layer.v.gram for layer in self.layers]
+
+    @property
     def plan(self) -> str | None:
         """The mode of every layer that the calibration chose, as `parse_modes` reads it; None where it chose none."""
         return (self.config.get("plan") or {}).get("mode")
