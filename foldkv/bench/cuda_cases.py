@@ -90,7 +90,7 @@ def copies_for(step_bytes: float, device: torch.device) -> int:
 
 
 def fill_random(paged: PagedTensor, *, is_k: bool) -> None:
-    """Random codes, scale data and parameters of sensible size, made where the pool is; rows are steered or shaped as calibrated ones."""
+    """Random codes, scale data and parameters of sensible size, made where the pool is; they steer and shape as calibrated."""
     fmt, element = paged.fmt, paged.fmt.element
     if element.is_integer:
         paged.codes.random_(0, 256)
