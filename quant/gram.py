@@ -11,7 +11,7 @@ def normalised(gram: Tensor) -> Tensor:
 
     A head of zeros stays one.
     """
-    gram = gram.double().cpu()
+    gram = gram.cpu().double()
     power = gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     gram = gram / torch.where(power > 0, power, torch.ones_like(power))
     return ((gram + gram.transpose(1, 2)) / 2).half().float()
