@@ -17,9 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quant.errors import ArgumentError, CalibrationError, UnsupportedModelError, describe
 from quant.scales import LayerStats
+from quant.spec import MAX_SHAPED_DIM
 
 from .observers import LayerObserver, TokenSample
-from .sequences import SequenceSample
+from .sequences import NUM_SEQUENCES, SEQUENCE_LEN, SequenceSample
 
 OBSERVE = "foldkv_observe"
 SAMPLE_TOKENS = 4096
@@ -132,6 +133,8 @@ class Collector:
         self._sequences = sequences
         self._stock = text_config(model)._attn_implementation or "eager"
         self._seq_len = 0
+        self._done = 0  # sequences
+        self._weighed = 0  # sequences at the head of the batch whose attention weights are looked at
         self._counted: Tensor | None = None
 
     @contextmanager
@@ -160,6 +163,8 @@ class Collector:
         # Places of the counted tokens in the flattened batch; None: all of them.
         self._counted = None if mask is None or bool(mask.all()) else mask.flatten().nonzero().flatten()
         self._seq_len = ids.shape[1]
+        self._weighed = max(0, min(len(ids), NUM_SEQUENCES - self._done))
+        self._done += len(ids)
         count = ids.numel() if self._counted is None else len(self._counted)
         if count == 0:
             return len(ids)
@@ -192,14 +197,20 @@ class Collector:
             raise UnsupportedModelError(describe(f"layer {idx} q, k, v", "one head_dim and every token", shapes))
         if self._sequences is not None and self._counted is None:
             self._sequences.update(idx, q, k, v, options.get("scaling"), options.get("sliding_window"))
+        weighed = [
+            tuple(part[row, :, :SEQUENCE_LEN].transpose(0, 1) for part in (q, k))
+            for row in range(self._weighed if self._counted is None else 0)
+        ]
         q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
         if self._counted is not None:
             counted = self._counted.to(k.device)
             q, k, v = q[counted], k[counted], v[counted]
         if idx not in self.layers:
             self.layers[idx] = layer = LayerObserver(idx, k, v, self._sample.size)
-            layer.output_weight = _output_weight(module, q.shape[1], v)
+            _observe_output(layer, module, q.shape[1], v)
         self.layers[idx].update(q, k, v, self._sample)
+        for queries, keys in weighed:
+            self.layers[idx].weigh_heads(queries, keys, options.get("scaling"), options.get("sliding_window"))
 
     @property
     def mask_function(self) -> Callable[..., Any]:
@@ -248,10 +259,10 @@ def _implementation(model: PreTrainedModel, name: str) -> str | dict[str, str]:
     return {keys[0]: name} if keys else name
 
 
-def _output_weight(module: nn.Module, h_q: int, v: Tensor) -> Tensor:
-    """Squared column norms of the output projection, summed over each group's query heads, fp32 `[h_kv, d]`.
+def _observe_output(layer: LayerObserver, module: nn.Module, h_q: int, v: Tensor) -> None:
+    """Give `layer` what the output projection of its attention makes of V `[tokens, h_kv, d]`.
 
-    v: `[tokens, h_kv, d]`. Ones where there is no plain output projection to read.
+    Where there is no plain one to read, it keeps weights of one and no Gram matrix.
     """
     _, h_kv, d = v.shape
     for name in _OUTPUT_PROJECTIONS:
@@ -259,5 +270,9 @@ def _output_weight(module: nn.Module, h_q: int, v: Tensor) -> Tensor:
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
             continue
         if weight.dim() == 2 and weight.shape[1] == h_q * d:
-            return weight.detach().float().square().sum(0).view(h_kv, h_q // h_kv, d).sum(1)
-    return torch.ones(h_kv, d)
+            columns = weight.detach().float()
+            layer.output_weight = columns.square().sum(0).view(h_kv, h_q // h_kv, d).sum(1)
+            if d <= MAX_SHAPED_DIM:
+                heads = columns.view(-1, h_q, d).transpose(0, 1)
+                layer.output_gram = heads.transpose(1, 2) @ heads
+            return

@@ -1,4 +1,4 @@
-"""From statistics to the parameters of a format: static scale and zero point, mean, balance."""
+"""From statistics to the parameters of a format: static scale and zero point, mean, balance, what rows are shaped by."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from torch import Tensor
 
 from quant.errors import ArgumentError, describe
 from quant.pages import BALANCE, MEAN, QUERY, SCALE, ZERO, identity_params
+from quant.reference import hadamard
 from quant.scales import KVScales, StaticScale, TensorStats
-from quant.spec import Format, KVSpec
+from quant.spec import MAX_SHAPED_DIM, Format, KVSpec
 from quant.steering import MAX_DIRECTION
 
 # A channel's balance stays within this factor of its head's median: a channel that hardly moved or hardly mattered
 # during calibration may do either later.
 MAX_BALANCE = 16.0
+# A channel's variance to this power and its weight to that of what is left of a half make the balance: a quarter each, where
+# codes are rounded alone; where K's are chosen together, an error goes to where queries do not look, whatever the balance,
+# and the range of a row counts for more.
+_POWER, _SHAPED_POWER = 0.25, 0.33
+# Part of the identity in what rows are shaped by: text may look where the calibration's did not.
+_DAMPING = 0.1
+_MOST_SHAPING = 127
 # Static ranges are widened by this factor where codes are plenty: 5 % coarser steps cost less than the rare values past
 # the calibrated range. At 4 bits they cost more; there `Format.clip` decides.
 HEAD_ROOM_8BIT = 1.05
@@ -36,6 +44,43 @@ def layer_params(
     return tensor_params(layer.k, spec.k, head_room), tensor_params(layer.v, spec.v, head_room)
 
 
+def layer_shaping(scales: KVScales, layer_idx: int, spec: KVSpec) -> tuple[Tensor | None, Tensor | None]:
+    """What rows of K and of V of one layer are shaped by (`quant.shaping`), int8 `[h_kv, d, d]`; None where they round plainly.
+
+    They go with `layer_params` of the same scales and spec. Errors: ScaleFileError for a layer without statistics.
+    """
+    layer = scales[layer_idx]
+    return tensor_shaping(layer.k, spec.k), tensor_shaping(layer.v, spec.v)
+
+
+def tensor_shaping(stats: TensorStats, fmt: Format) -> Tensor | None:
+    """The Gram matrix of `stats` in the basis of rows of `fmt`, int8 `[h_kv, d, d]`, its largest magnitude 127 a head.
+
+    An error e of a balanced and rotated row is B R e of the value, R its own inverse: e costs e' R B G B R e. Of that, scaled
+    to a mean diagonal of 1, a tenth of the identity is made part (GPTQ's damping, Frantar et al., 2022). A head whose Gram
+    matrix is zero gets zeros. None for formats that do not shape, and where there is no Gram matrix.
+    """
+    if stats.gram is None or not _is_shaped(stats, fmt):
+        return None
+    cost = stats.gram.double()
+    if fmt.balance:
+        factor = channel_balance(stats, fmt).double()
+        cost = cost * factor[:, :, None] * factor[:, None, :]
+    if fmt.rotate:
+        cost = hadamard(hadamard(cost).transpose(1, 2))
+    cost = (cost + cost.transpose(1, 2)) / 2
+    power = cost.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    cost = cost / power.clamp(min=_TINY) + _DAMPING * torch.eye(stats.head_dim, dtype=torch.float64)
+    shaping = (cost * (_MOST_SHAPING / cost.abs().amax((1, 2), keepdim=True))).round()
+    diagonal = shaping.diagonal(dim1=1, dim2=2)
+    diagonal.clamp_(min=1)  # of a head that is shaped it is positive
+    return torch.where(power > 0, shaping, 0.0).to(torch.int8)
+
+
+def _is_shaped(stats: TensorStats, fmt: Format) -> bool:
+    return fmt.shapes_rounding and stats.gram is not None and stats.head_dim <= MAX_SHAPED_DIM
+
+
 def tensor_params(stats: TensorStats, fmt: Format, head_room: float | None = None) -> Tensor:
     """Parameters fp32 `[5, h_kv, d]` of one tensor stored as `fmt`."""
     params = identity_params(fmt, stats.h_kv, stats.head_dim)
@@ -49,7 +94,7 @@ def tensor_params(stats: TensorStats, fmt: Format, head_room: float | None = Non
     if fmt.center:
         params[MEAN] = stats.mean
     if fmt.balance:
-        params[BALANCE] = balance(stats)
+        params[BALANCE] = channel_balance(stats, fmt)
     return params
 
 
@@ -107,14 +152,22 @@ def grid(low: Tensor, high: Tensor, fmt: Format, widen: float = 1.0) -> StaticSc
     return StaticScale(str(fmt), scale.unsqueeze(1), zero.unsqueeze(1))
 
 
-def balance(stats: TensorStats) -> Tensor:
+def channel_balance(stats: TensorStats, fmt: Format) -> Tensor:
+    """The `balance` that rows of `fmt` are divided by: of K (whose queries are known) with more of the variance where its
+    rounding is shaped."""
+    shaped_k = _is_shaped(stats, fmt) and stats.query is not None
+    return balance(stats, _SHAPED_POWER if shaped_k else _POWER)
+
+
+def balance(stats: TensorStats, power: float = _POWER) -> Tensor:
     """Per-channel divisor fp32 `[h_kv, d]`, geometric mean 1 per head, that moves noise to where it weighs least.
 
     With one step for all channels, noise costs sum_c weight_c balance_c^2 times the step squared, which grows as
     sum_c var_c / balance_c^2: the product is least at (var / weight)^(1/4) (Cauchy-Schwarz). Clamped to `MAX_BALANCE`.
+    power: of var; weight has what is left of a half.
     """
     var, weight = stats.var.double(), stats.weight.double()
-    log = (var.log() - weight.log()) / 4
+    log = power * var.log() - (0.5 - power) * weight.log()
     known = (var > 0) & (weight > 0)
     median = torch.where(known, log, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
     limit = torch.tensor(MAX_BALANCE, dtype=torch.float64).log()

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from quant.errors import CalibrationError, describe
+from quant.gram import normalised
 from quant.scales import PERCENTILES, LayerStats, TensorStats
+from quant.spec import MAX_SHAPED_DIM
+
+from .sequences import log_weights
 
 
 class TokenSample:
@@ -72,8 +76,8 @@ class TensorObserver:
         self.tokens = total
         self._sample[sample.slots.to(rows.device)] = rows[sample.rows.to(rows.device)]
 
-    def finish(self, weight: Tensor, query: Tensor | None = None) -> TensorStats:
-        """The statistics, on the CPU. weight, query: `[h_kv, d]`, see `TensorStats`."""
+    def finish(self, weight: Tensor, query: Tensor | None = None, gram: Tensor | None = None) -> TensorStats:
+        """The statistics, on the CPU. weight, query: `[h_kv, d]`, gram: `[h_kv, d, d]`; see `TensorStats`."""
         rows = self._sample[: self.tokens].float()
         sample = rows.sort(0).values
         return TensorStats(
@@ -85,20 +89,29 @@ class TensorObserver:
             weight=weight.float().cpu(),
             tokens=self.tokens,
             query=None if query is None else query.float().cpu(),
+            gram=None if gram is None else normalised(gram),
             sample=rows.cpu(),
         )
 
 
 class LayerObserver:
-    """K, V and the first two moments of Q of one layer."""
+    """K, V and the first two moments of Q of one layer, and what its output projection makes of V.
+
+    output_weight: `[h_kv, d]`, see `TensorStats.weight`. output_gram: `[h_q, d, d]`, W' W of each query head's part of the
+    projection; None where it is unknown.
+    """
 
     def __init__(self, layer_idx: int, k: Tensor, v: Tensor, sample_size: int) -> None:
         self.layer_idx = layer_idx
         self.k = TensorObserver(k, sample_size)
         self.v = TensorObserver(v, sample_size)
         self.output_weight = torch.ones(v.shape[1:])
+        self.output_gram: Tensor | None = None
         self._query_squares = torch.zeros_like(self.k._mean)
         self._query_sum = torch.zeros_like(self.k._mean)
+        h_kv, d = k.shape[1:]
+        self._query_gram = self._query_squares.new_zeros(h_kv, d, d) if d <= MAX_SHAPED_DIM else None
+        self._weight_squares: Tensor | None = None
 
     def update(self, q: Tensor, k: Tensor, v: Tensor, sample: TokenSample) -> None:
         """Take in rows of the same tokens: q `[tokens, h_q, d]`, k and v `[tokens, h_kv, d]`."""
@@ -107,6 +120,20 @@ class LayerObserver:
         grouped = q.float().view(len(q), k.shape[1], -1, k.shape[2])
         self._query_squares += grouped.square().mean(2).sum(0)
         self._query_sum += grouped.mean(2).sum(0)
+        if self._query_gram is not None:
+            queries = grouped.transpose(0, 1).flatten(1, 2)
+            self._query_gram += queries.transpose(1, 2) @ queries
+
+    def weigh_heads(self, q: Tensor, k: Tensor, softmax_scale: float | None, window: int | None) -> None:
+        """Add the squared attention weights of a sequence q `[seq, h_q, d]`, k `[seq, h_kv, d]` to those of each query head.
+
+        An error in one token's V reaches the output by its weight, so errors of all of them by the sum of squares.
+        """
+        if self.output_gram is None:
+            return
+        weights = log_weights(q.float(), k.float(), softmax_scale, window).exp()
+        squares = weights.square().sum((-2, -1)).flatten().to(self.k._mean.dtype)
+        self._weight_squares = squares if self._weight_squares is None else self._weight_squares + squares
 
     def check_finite(self) -> None:
         """CalibrationError naming layer, tensor and head if a NaN or an infinity came by."""
@@ -122,10 +149,19 @@ class LayerObserver:
     def finish(self) -> LayerStats:
         """The statistics of the layer, checked."""
         tokens = max(self.k.tokens, 1)
-        k = self.k.finish(self._query_squares / tokens, self._query_sum / tokens)
-        stats = LayerStats(k, self.v.finish(self.output_weight))
+        k = self.k.finish(self._query_squares / tokens, self._query_sum / tokens, self._query_gram)
+        stats = LayerStats(k, self.v.finish(self.output_weight, gram=self._value_gram()))
         stats.check(self.layer_idx, CalibrationError)
         return stats
+
+    def _value_gram(self) -> Tensor | None:
+        """What errors of V cost, `[h_kv, d, d]`: `output_gram` over each group, heads by their squared weights where known."""
+        if self.output_gram is None:
+            return None
+        gram = self.output_gram
+        if self._weight_squares is not None:
+            gram = gram * self._weight_squares[:, None, None].to(gram.device)
+        return gram.unflatten(0, (self.v.min.shape[0], -1)).sum(1)
 
 
 def _percentiles(ordered: Tensor, percents: Sequence[float]) -> Tensor:

@@ -28,16 +28,24 @@ class LayerSequences:
 
     def log_weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Log attention weights `[h_kv, group, queries, keys]` of one sequence; -inf for keys that are not seen."""
-        length, h_q, d = q.shape
-        h_kv = k.shape[1]
-        scale = 1 / math.sqrt(d) if self.softmax_scale is None else self.softmax_scale
-        logits = torch.einsum("qhgd,khd->hgqk", q.view(length, h_kv, h_q // h_kv, d), k) * scale
-        place = torch.arange(length)
-        distance = place[:, None] - place
-        seen = distance >= 0
-        if self.window is not None:
-            seen &= distance < self.window
-        return logits.masked_fill(~seen, -torch.inf).log_softmax(-1)
+        return log_weights(q, k, self.softmax_scale, self.window)
+
+
+def log_weights(q: Tensor, k: Tensor, softmax_scale: float | None, window: int | None) -> Tensor:
+    """Log attention weights `[h_kv, group, queries, keys]` of q `[seq, h_q, d]` over k `[seq, h_kv, d]`.
+
+    -inf for keys that are not seen; softmax_scale, window: as `LayerSequences` has them.
+    """
+    length, h_q, d = q.shape
+    h_kv = k.shape[1]
+    scale = 1 / math.sqrt(d) if softmax_scale is None else softmax_scale
+    logits = torch.einsum("qhgd,khd->hgqk", q.view(length, h_kv, h_q // h_kv, d), k) * scale
+    place = torch.arange(length, device=q.device)
+    distance = place[:, None] - place
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return logits.masked_fill(~seen, -torch.inf).log_softmax(-1)
 
 
 class SequenceSample:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from quant import gram as grams
 from quant.errors import ArgumentError, UnsupportedModelError, describe
 from quant.scale_files import json_sha256
 from quant.scales import LayerStats, TensorStats, model_hash, stats_parts
@@ -24,6 +25,7 @@ from .observers import TokenSample
 from .sequences import SequenceSample
 
 _RUN = "run-"
+_CONTENTS = "statistics with Gram matrices"  # of a layer's file; what was done with others is done again
 
 
 class StreamedCheckpoint:
@@ -171,6 +173,7 @@ class StreamedCheckpoint:
         inputs = [{name: value.tolist() for name, value in batch.items()} for batch in batches]
         sizes = {name: (self.checkpoint.folder / name).stat().st_size for name in set(self.checkpoint.shards.values())}
         facts = [
+            _CONTENTS,
             model_hash(self.model.config),
             self.checkpoint.shards,
             sizes,
@@ -298,6 +301,8 @@ def _pack(stats: TensorStats, tensor: str) -> dict[str, Tensor]:
 
 def _unpack(tensors: Mapping[str, Tensor], tensor: str) -> TensorStats:
     parts = {name.removeprefix(f"{tensor}_"): value for name, value in tensors.items() if name.startswith(f"{tensor}_")}
+    if "gram" in parts:
+        parts["gram"] = grams.unpack(parts["gram"], parts["min"].shape[1])
     return TensorStats(**{**parts, "tokens": int(parts["tokens"].sum())})  # type: ignore[arg-type]
 
 

@@ -65,18 +65,25 @@ class PagedKVCache:
         self.layers.append(layer)
         return len(self.layers) - 1
 
-    def set_params(self, layer: int, k_params: Tensor, v_params: Tensor) -> None:
-        """Copy fp32 `[5, h_kv, d]` scale parameters of a layer into place: addresses stay, so captured graphs see them.
+    def set_params(
+        self, layer: int, k_params: Tensor, v_params: Tensor, k_shaping: Tensor | None = None,
+        v_shaping: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Copy a layer's parameters into place: addresses stay, so captured graphs see them.
 
-        Errors: ArgumentError for a wrong shape or values no scale may have; then neither K nor V changes.
+        k_params, v_params: fp32 `[5, h_kv, d]`. k_shaping, v_shaping: int8 `[h_kv, d, d]` (see `quant.shaping`); None where
+        rows shall round plainly. Errors: ArgumentError for a wrong shape or values that none may have; then nothing changes.
         """
         pages = self.layers[layer]
-        before = pages.k.params.clone()
-        pages.k.set_params(k_params)
+        parts = (pages.k, k_params, k_shaping), (pages.v, v_params, v_shaping)
+        before = [(tensor, tensor.clone()) for part, _, _ in parts for tensor in part.constants]
         try:
-            pages.v.set_params(v_params)
+            for part, params, shaping in parts:
+                part.set_params(params)
+                part.set_shaping(shaping)
         except ArgumentError:
-            pages.k.params.copy_(before)
+            for tensor, value in before:
+                tensor.copy_(value)
             raise
 
     # --- sizes --------------------------------------------------------------------------------------------------------
@@ -236,7 +243,8 @@ class PagedKVCache:
         for old, new in ((layer.k, larger.k), (layer.v, larger.v)):
             new.codes[: layer.num_pages].copy_(old.codes)
             new.meta[: layer.num_pages].copy_(old.meta)
-            new.params.copy_(old.params)
+            for a, b in zip(new.constants, old.constants, strict=True):
+                a.copy_(b)
         return larger
 
     # --- device tables ------------------------------------------------------------------------------------------------

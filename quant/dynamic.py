@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .shaping import UNITS, shape_codes
 from .spec import Format
 
 _MAX_SCALE = torch.finfo(torch.bfloat16).max
@@ -22,17 +23,22 @@ _LEAST_SEARCHED = 2.0**-50
 _MAX_GAIN, _MIN_GAIN = 1.125, 0.875
 
 
-def quantize_rows(y: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(y: Tensor, fmt: Format, shaping: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes `[..., d]`, scale and zero `[..., 1]` of finite fp32 rows `y` `[..., d]`, all fp32.
 
+    shaping: of a format that shapes its rounding, int8 `[h_kv, d, d]`, for rows `[tokens, h_kv, d]` (`quant.shaping`).
     Scale and zero are bf16 and fp16 values, as they are stored.
     """
+    shaping = shaping if fmt.shapes_rounding else None
     codes, scale, zero = min_max_rows(y, fmt)
     if not fmt.searches_range:
+        if shaping is not None:
+            error = UNITS * codes - torch.round(UNITS * (y / scale + zero))
+            codes = shape_codes(codes, error, scale.new_full((1,), UNITS), shaping, fmt.element.max_code)
         return codes, scale, zero
     low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
     searched = (low <= 0) & (high >= 0) & (torch.maximum(-low, high) >= _LEAST_SEARCHED)
-    found = search_rows(y, low, torch.where(searched, high - low, torch.ones_like(low)))
+    found = search_rows(y, low, torch.where(searched, high - low, torch.ones_like(low)), shaping)
     codes, scale, zero = (torch.where(searched, a, b) for a, b in zip(found, (codes, scale, zero), strict=True))
     return codes, scale, zero
 
@@ -60,13 +66,15 @@ def min_max_scale(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tenso
     return scale, (-(low / scale)).half().float()
 
 
-def search_rows(y: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def search_rows(y: Tensor, low: Tensor, width: Tensor, shaping: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of 4-bit rows that hold both signs: the grid that errs least, its step without bias.
 
     y: fp32 `[..., d]` from `low` to `low + width` `[..., 1]`. Of one plain grid, from minimum to maximum, and three finer
     ones the first with the least squared error is taken. Choosing a range by its squared error is OMSE (Choukroun et al.,
     2019) and AWQ's clipping (Lin et al., 2024), which shrink it about its middle; here the step is 15/16 of min .. max's and
     the search is for where the grid starts. That takes 14 % off the squared error of rotated rows, five shrunk ranges 11 %.
+
+    On that grid codes are chosen together where there is a `shaping` (see `quantize_rows`).
 
     Then the step is multiplied so that the stored row's dot product with the true one is the true one's square. What is left
     of the error is at right angles to the row: keys that a query looks for are those along it, so an error along a key counts
@@ -86,6 +94,8 @@ def search_rows(y: Tensor, low: Tensor, width: Tensor) -> tuple[Tensor, Tensor, 
         least, codes, step, start = (
             torch.where(better, a, b) for a, b in zip(found, (least, codes, step, start), strict=True)
         )
+    if shaping is not None:
+        codes = shape_codes(codes, codes * step + start - unit, step, shaping, 15)
     true = (unit - torch.round(origin)).to(torch.int64)
     stored = (codes * step + start - torch.round(origin)).to(torch.int64)
     gain = (true * true).sum(-1, keepdim=True).float() / (true * stored).sum(-1, keepdim=True).float()

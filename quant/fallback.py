@@ -32,10 +32,12 @@ def _pages(
 
 def _append_kv(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_meta: Tensor, v_meta: Tensor, k_params: Tensor,
-    v_params: Tensor, slot_mapping: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
-    interleaved: bool, nonfinite: Tensor | None, k_format: int, v_format: int, page_size: int,
+    v_params: Tensor, k_shaping: Tensor | None, v_shaping: Tensor | None, slot_mapping: Tensor, cos: Tensor | None,
+    sin: Tensor | None, positions: Tensor | None, interleaved: bool, nonfinite: Tensor | None, k_format: int,
+    v_format: int, page_size: int,
 ) -> None:  # fmt: skip
     pages = _pages(k_cache, v_cache, k_meta, v_meta, k_params, v_params, k_format, v_format, page_size)
+    pages.k.shaping, pages.v.shaping = k_shaping, v_shaping
     if cos is not None and sin is not None and positions is not None:
         k = reference.apply_rope(k, cos, sin, positions, interleaved)
     if nonfinite is not None:

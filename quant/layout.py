@@ -8,7 +8,7 @@ the format is asymmetric, an fp16 zero.
 
 from __future__ import annotations
 
-from .spec import Format
+from .spec import MAX_SHAPED_DIM, Format
 
 
 def row_bytes(fmt: Format, head_dim: int) -> int:
@@ -24,3 +24,8 @@ def page_bytes(fmt: Format, head_dim: int, page_size: int) -> int:
 def meta_page_bytes(fmt: Format, page_size: int) -> int:
     """Bytes of the dynamic scale data of one (page, head) tile; 0 for static and float formats."""
     return page_size * fmt.meta_bytes
+
+
+def shaping_bytes(fmt: Format, h_kv: int, head_dim: int) -> int:
+    """Bytes of what a tensor's rows are shaped by (`quant.shaping`); 0 where they are not."""
+    return h_kv * head_dim * head_dim if fmt.shapes_rounding and head_dim <= MAX_SHAPED_DIM else 0

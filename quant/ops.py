@@ -29,7 +29,8 @@ _ATTENTION = (
 SCHEMAS = {
     "append_kv": "(Tensor k, Tensor v, "
     + _PAGES.format(k="(a!)", v="(b!)", km="(c!)", vm="(d!)")
-    + "Tensor slot_mapping, Tensor? cos, Tensor? sin, Tensor? positions, bool interleaved, Tensor(e!)? nonfinite, "
+    + "Tensor? k_shaping, Tensor? v_shaping, Tensor slot_mapping, Tensor? cos, Tensor? sin, Tensor? positions, "
+    "bool interleaved, Tensor(e!)? nonfinite, "
     "int k_format, int v_format, int page_size) -> ()",
     "plan": "(Tensor seq_lens, Tensor cu_seqlens_q, Tensor? seq_starts, Tensor(a!) plan, int window_left, "
     "int chunk_size, int tile_q, int num_workers, int max_items, int max_tiles, int max_partials, "
@@ -68,7 +69,7 @@ def append_kv(
     expected; nothing is written then.
     """
     torch.ops.foldkv.append_kv(
-        k, v, *_tensors(pages), slot_mapping, cos, sin, positions, interleaved, nonfinite,
+        k, v, *_tensors(pages), pages.k.shaping, pages.v.shaping, slot_mapping, cos, sin, positions, interleaved, nonfinite,
         pages.k.fmt.code, pages.v.fmt.code, pages.page_size,
     )  # fmt: skip
 

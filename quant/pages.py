@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, describe
-from .layout import meta_page_bytes, page_bytes
+from .layout import meta_page_bytes, page_bytes, shaping_bytes
 from .spec import Format, KVSpec, check_head_dim, check_page_size
 
 # Rows of a params tensor, fp32 [5, h_kv, d].
@@ -33,12 +33,15 @@ class PagedTensor:
     meta:   uint8 `[num_pages, h_kv, page_size * meta_bytes]`, dynamic scale data; zero bytes wide for other formats.
     params: fp32 `[5, h_kv, d]`: static scale, zero, mean, balance, direction of queries (`quant.steering`); rewritten in place,
             so its address is stable.
+    shaping: int8 `[h_kv, d, d]`, symmetric, what `quant.shaping` weighs errors by, zeros where it is unknown; rewritten in
+            place. None for formats and heads that are not shaped.
     """
 
     fmt: Format
     codes: Tensor
     meta: Tensor
     params: Tensor
+    shaping: Tensor | None = None
 
     @classmethod
     def empty(
@@ -47,11 +50,19 @@ class PagedTensor:
         shape = (num_pages, h_kv)
         codes = torch.zeros(*shape, page_bytes(fmt, head_dim, page_size), dtype=torch.uint8, device=device)
         meta = torch.zeros(*shape, meta_page_bytes(fmt, page_size), dtype=torch.uint8, device=device)
-        return cls(fmt, codes, meta, identity_params(fmt, h_kv, head_dim, device))
+        shaping = None
+        if shaping_bytes(fmt, h_kv, head_dim):
+            shaping = torch.zeros(h_kv, head_dim, head_dim, dtype=torch.int8, device=device)
+        return cls(fmt, codes, meta, identity_params(fmt, h_kv, head_dim, device), shaping)
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """What calibrations put in place: `params`, and `shaping` where there is room for one."""
+        return (self.params,) if self.shaping is None else (self.params, self.shaping)
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.meta.nbytes + self.params.nbytes
+        return self.codes.nbytes + self.meta.nbytes + sum(tensor.nbytes for tensor in self.constants)
 
     def set_params(self, params: Tensor) -> None:
         """Copy fp32 `[5, h_kv, d]` `params` into place (same address, so captured graphs see them)."""
@@ -62,6 +73,28 @@ class PagedTensor:
                 describe("params", "finite values, scale and balance > 0", "others", "calibrate the model again")
             )
         self.params.copy_(params)
+
+    def set_shaping(self, shaping: Tensor | None) -> None:
+        """Copy int8 `[h_kv, d, d]` `shaping` into place (same address, so captured graphs see it); None rounds plainly.
+
+        Errors: ArgumentError for another dtype or shape, for a matrix that is not symmetric or has a negative diagonal, and
+        for any matrix where rows are not shaped.
+        """
+        if self.shaping is None:
+            if shaping is not None:
+                raise ArgumentError(describe("shaping", f"None for {self.fmt}", f"shape {tuple(shaping.shape)}"))
+            return
+        if shaping is None:
+            self.shaping.zero_()
+            return
+        if shaping.dtype != torch.int8 or shaping.shape != self.shaping.shape:
+            wanted, got = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (self.shaping, shaping))
+            raise ArgumentError(describe("shaping", wanted, got))
+        diagonal = shaping.diagonal(dim1=1, dim2=2)
+        if not torch.equal(shaping, shaping.transpose(1, 2)) or not (diagonal >= 0).all():
+            fix = "calibrate the model again"
+            raise ArgumentError(describe("shaping", "symmetric matrices, diagonal >= 0", "others", fix))
+        self.shaping.copy_(shaping)
 
 
 @dataclass

@@ -56,10 +56,11 @@ def _finite(x: Tensor, bound: Tensor | float) -> Tensor:
     )
 
 
-def quantize(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, fmt: Format, params: Tensor, shaping: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of rows `x`.
 
-    x: `[tokens, h_kv, d]`, any float dtype; an integer format; params: fp32 `[5, h_kv, d]`.
+    x: `[tokens, h_kv, d]`, any float dtype; an integer format; params: fp32 `[5, h_kv, d]`; shaping: int8
+    `[h_kv, d, d]`, see `quant.shaping`, looked at by formats that shape their rounding.
     Returns codes int32 `[tokens, h_kv, d]`, scale and zero fp32, `[tokens, h_kv, 1]` for dynamic formats and
     `[h_kv, d]` for static ones. A NaN counts as 0; an infinity takes the end code (static) or the row's largest
     finite magnitude (dynamic).
@@ -76,7 +77,7 @@ def quantize(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor, Te
     if fmt.rotate:
         y = hadamard(y)
     if fmt.is_dynamic:
-        codes, scale, zero = quantize_rows(y, fmt)
+        codes, scale, zero = quantize_rows(y, fmt, shaping)
         return codes.to(torch.int32), scale, zero
     scale, zero = params[SCALE], params[ZERO]
     place = y / scale + zero
@@ -131,14 +132,17 @@ def unpack_meta(meta: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return scale, meta[..., 2:4].contiguous().view(torch.float16).float()
 
 
-def encode(x: Tensor, fmt: Format, params: Tensor) -> tuple[Tensor, Tensor]:
-    """The bytes of rows `x` `[tokens, h_kv, d]`: codes uint8 `[tokens, h_kv, row_bytes]`, meta `[.., meta_bytes]`."""
+def encode(x: Tensor, fmt: Format, params: Tensor, shaping: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The bytes of rows `x` `[tokens, h_kv, d]`: codes uint8 `[tokens, h_kv, row_bytes]`, meta `[.., meta_bytes]`.
+
+    params, shaping: as `quantize` has them.
+    """
     if not fmt.element.is_integer:
         dtype = _FLOAT[fmt.codec]
         limit = torch.finfo(dtype).max
         rows = _finite(x.float(), limit).clamp(-limit, limit).to(dtype)
         return rows.contiguous().view(torch.uint8), x.new_empty(*x.shape[:-1], 0, dtype=torch.uint8)
-    codes, scale, zero = quantize(x, fmt, params)
+    codes, scale, zero = quantize(x, fmt, params, shaping)
     rows = pack_codes(codes, fmt.element.bits)
     if not fmt.is_dynamic:
         return rows, rows.new_empty(*x.shape[:-1], 0)
@@ -172,7 +176,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleav
 
 
 def _write(paged: PagedTensor, x: Tensor, slots: Tensor, page_size: int) -> None:
-    rows, meta = encode(x, paged.fmt, paged.params)
+    rows, meta = encode(x, paged.fmt, paged.params, paged.shaping)
     pages, offsets = slots // page_size, slots % page_size
     for pool, part in ((paged.codes, rows), (paged.meta, meta)):
         pool.view(*pool.shape[:2], page_size, -1)[pages, :, offsets] = part

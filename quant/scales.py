@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import gram as grams
 from .errors import ArgumentError, FoldkvError, ScaleFileError, describe
 from .scale_files import AGAIN, CONFIG_FILE, SCALES_FILE, json_sha256, read_pair, write_pair
 
@@ -58,6 +59,9 @@ class TensorStats:
     weight:              `[h_kv, d]`, what an error in the channel costs. K: E[q_c^2], averaged over the group's query
                          heads. V: the squared norm of o_proj's column, summed over them; 1 where unknown.
     query:               `[h_kv, d]`, K: the mean query of the head's group, after RoPE. None where unknown, and for V.
+    gram:                `[h_kv, d, d]`, symmetric, of any scale: an error e of a row costs e' G e. K: the mean of q q' over
+                         the group's queries. V: the sum of W' W over the group's parts W of o_proj, each times the sum of its
+                         head's squared attention weights. None where unknown. Files hold it in fp16.
     static:              the scale of the static format that was calibrated for, or None.
     sample:              `[n, h_kv, d]`, some of the tokens; there after a calibration, never in a file.
     """
@@ -71,6 +75,7 @@ class TensorStats:
     tokens: int
     static: StaticScale | None = None
     query: Tensor | None = None
+    gram: Tensor | None = None
     sample: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -104,6 +109,8 @@ class TensorStats:
             if tuple(self.query.shape) != shape:
                 raise error(describe(f"{where} query", f"shape {shape}", str(tuple(self.query.shape)), AGAIN))
             _check_heads(torch.isfinite(self.query), f"{where} query", "finite values", "NaN or inf", error)
+        if self.gram is not None:
+            _check_gram(self.gram, shape, f"{where} gram", error)
         ordered = (self.min <= self.max) & (self.var >= 0) & (self.weight >= 0)
         _check_heads(ordered, where, "min <= max, var >= 0 and weight >= 0", "others", error)
         alive = (self.absmax > 0).any(-1, keepdim=True)
@@ -152,6 +159,12 @@ class KVScales:
     def calibrated_len(self) -> int | None:
         """Positions that the calibration covered: static K ranges are known up to there. None where unknown."""
         return self.config.get("data", {}).get("max_position")
+
+    @property
+    def grams(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """`TensorStats.gram` of K and of V of each layer; None, too, for a layer without statistics."""
+        k = [None if layer is None else layer.k.gram for layer in self.layers]
+        return k, [None if layer is None else layer.v.gram for layer in self.layers]
 
     @property
     def plan(self) -> str | None:
@@ -242,6 +255,15 @@ def _check_heads(good: Tensor, where: str, expected: str, got: str, error: type[
         raise error(describe(f"{where}, head {bad[0]}{more}", expected, got, AGAIN))
 
 
+def _check_gram(gram: Tensor, shape: tuple[int, ...], where: str, error: type[FoldkvError]) -> None:
+    wanted = (*shape, shape[-1])
+    if tuple(gram.shape) != wanted:
+        raise error(describe(where, f"shape {wanted}", str(tuple(gram.shape)), AGAIN))
+    _check_heads(torch.isfinite(gram), where, "finite values", "NaN or inf", error)
+    sound = (gram == gram.transpose(1, 2)) & (gram.diagonal(dim1=1, dim2=2) >= 0)[..., None]
+    _check_heads(sound, where, "a symmetric matrix with a diagonal >= 0", "another", error)
+
+
 def _tensor_name(layer_idx: int, tensor: str, part: str) -> str:
     return f"model.layers.{layer_idx}.self_attn.{tensor}_{part}"
 
@@ -254,6 +276,8 @@ def stats_parts(stats: TensorStats) -> dict[str, Tensor]:
     if stats.static is not None:
         parts |= {"scale": stats.static.scale, "zero_point": stats.static.zero_point}
     parts = {name: value.detach().float().cpu().contiguous().clone() for name, value in parts.items()}
+    if stats.gram is not None:
+        parts["gram"] = grams.pack(stats.gram.detach().cpu())
     return {**parts, "tokens": torch.tensor([stats.tokens])}
 
 
@@ -266,11 +290,14 @@ def _take_layer(idx: int, entry: Any, tensors: dict[str, Tensor]) -> LayerStats 
     return LayerStats(*(_take_stats(idx, tensor, entry, tensors) for tensor in ("k", "v")))
 
 
+_FILE_DTYPES = {"tokens": torch.int64, "gram": torch.float16}
+
+
 def _take_stats(idx: int, tensor: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> TensorStats:
     where = f"layer {idx} {tensor.upper()}"
 
     def take(part: str) -> Tensor:
-        name, wanted = _tensor_name(idx, tensor, part), torch.int64 if part == "tokens" else torch.float32
+        name, wanted = _tensor_name(idx, tensor, part), _FILE_DTYPES.get(part, torch.float32)
         if name not in tensors:
             raise ScaleFileError(describe(where, f"a tensor {name}", "none", AGAIN))
         value = tensors.pop(name)
@@ -281,9 +308,15 @@ def _take_stats(idx: int, tensor: str, entry: Mapping[str, Any], tensors: dict[s
     fmt = entry.get(f"{tensor}_format")
     static = None if fmt is None else StaticScale(fmt, take("scale"), take("zero_point"))
     statistics = {name: take(name) for name in _STATISTICS}
-    query = take("query") if _tensor_name(idx, tensor, "query") in tensors else None  # older files have none
-    stats = TensorStats(**statistics, tokens=int(take("tokens").sum()), static=static, query=query)
     shape = (entry["h_kv"], entry["head_dim"])
+    # Older files have none.
+    query, gram = (take(part) if _tensor_name(idx, tensor, part) in tensors else None for part in ("query", "gram"))
+    if gram is not None:
+        wanted = (shape[0], grams.packed_size(shape[1]))
+        if tuple(gram.shape) != wanted:
+            raise ScaleFileError(describe(f"{where} gram", f"shape {wanted}", str(tuple(gram.shape)), AGAIN))
+        gram = grams.unpack(gram, shape[1])
+    stats = TensorStats(**statistics, tokens=int(take("tokens").sum()), static=static, query=query, gram=gram)
     if tuple(stats.min.shape) != shape:
         raise ScaleFileError(describe(where, f"shape {shape}", str(tuple(stats.min.shape)), AGAIN))
     return stats

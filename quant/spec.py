@@ -21,6 +21,8 @@ SCALINGS = ("none", "head", "channel", "token")
 TRANSFORMS = ("center", "balance", "rotate")
 PAGE_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 512
+# Of larger heads rounding is not shaped: a matrix a head would outgrow what a kernel holds.
+MAX_SHAPED_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ class Format:
     def steers_rounding(self) -> bool:
         """A row's codes are chosen together (`quant.steering`) where its layer's params hold a direction of queries."""
         return self.is_static and self.element.bits == 4
+
+    @property
+    def shapes_rounding(self) -> bool:
+        """A row's codes are chosen together (`quant.shaping`) where its layer has a matrix, heads of at most 256 channels."""
+        return self.searches_range or (self.is_dynamic and self.element.bits == 8)
 
     @property
     def meta_bytes(self) -> int:

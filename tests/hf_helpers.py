@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
+from foldkv.hf.state import LayerParams
 from quant import reference
 from quant.pages import identity_params
 from quant.spec import Format, LayerSpecs
@@ -184,21 +185,21 @@ def save_checkpoint(model: PreTrainedModel, path: Path, **options: Any) -> Path:
 class ReferenceCache(DynamicCache):
     """A stock cache that keeps what the reference makes of K and V: quantised, then dequantised."""
 
-    def __init__(
-        self, specs: LayerSpecs, params: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, specs: LayerSpecs, params: Sequence[LayerParams], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.specs, self.params, self.dtype = specs, params, dtype
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         spec = self.specs[layer_idx]
-        params = self.params[layer_idx] or [identity_params(fmt, k.shape[1], k.shape[3]) for fmt in (spec.k, spec.v)]
-        stored = [self._through(x, fmt, p) for x, fmt, p in zip((k, v), (spec.k, spec.v), params, strict=True)]
+        none = [identity_params(fmt, k.shape[1], k.shape[3]) for fmt in (spec.k, spec.v)], (None, None)
+        params = self.params[layer_idx]
+        parts = ((k, v), (spec.k, spec.v), *(none if params is None else (params[:2], params[2:])))
+        stored = [self._through(*part) for part in zip(*parts, strict=True)]
         return super().update(*stored, layer_idx, *args, **kwargs)
 
-    def _through(self, x: Tensor, fmt: Format, params: Tensor) -> Tensor:
+    def _through(self, x: Tensor, fmt: Format, params: Tensor, shaping: Tensor | None) -> Tensor:
         rows = x.transpose(1, 2)
         params = params.to(x.device)
-        codes, meta = reference.encode(rows.flatten(0, 1), fmt, params)
+        codes, meta = reference.encode(rows.flatten(0, 1), fmt, params, shaping)
         values = reference.decode(codes, meta, fmt, params)
         return values.view(rows.shape).transpose(1, 2).to(self.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant import ops, reference
+from quant.layout import shaping_bytes
 from quant.pages import BALANCE, MEAN, QUERY, SCALE, ZERO, LayerPages, PagedTensor, identity_params
 from quant.plan import TILE_ROWS, Capacity, Plan
 from quant.spec import MODES, Format, KVSpec
@@ -83,6 +84,25 @@ def params_for(fmt: Format, x: Tensor) -> Tensor:
     return params
 
 
+def shaping_for(fmt: Format, h_kv: int, d: int) -> Tensor | None:
+    """What rows of `fmt` are shaped by, int8 `[h_kv, d, d]`; zeros for the last of several heads, None for other formats."""
+    if not shaping_bytes(fmt, h_kv, d):
+        return None
+    x = torch.randn(h_kv, d, d, generator=torch.Generator().manual_seed(d)) * torch.linspace(0.2, 2, d)
+    cost = x.transpose(1, 2) @ x / d + 0.3 * torch.eye(d)
+    shaping = (cost / cost.abs().amax((1, 2), keepdim=True) * 127).round().to(torch.int8)
+    shaping[max(h_kv - 1, 1) :] = 0
+    return shaping
+
+
+def calibrated(pages: LayerPages, k_params: Tensor, v_params: Tensor) -> LayerPages:
+    """`pages` with these params, and shaped where their formats shape."""
+    for part, params in ((pages.k, k_params), (pages.v, v_params)):
+        part.set_params(params)
+        part.set_shaping(shaping_for(part.fmt, *params.shape[1:]))
+    return pages
+
+
 def odd_rows(d: int) -> Tensor:
     """fp32 `[rows, d]` that a quantiser may trip over: outliers, ties, one sign, few values, tiny and huge ones."""
     x, c = torch.randn(24, d), torch.arange(d)
@@ -111,7 +131,7 @@ def poisoned(pages: LayerPages) -> LayerPages:
 def twin(pages: LayerPages, device: torch.device | str | None = None) -> LayerPages:
     """A copy of `pages` that shares no memory with it, on its device or another."""
     parts = (
-        PagedTensor(part.fmt, *(tensor.to(device, copy=True) for tensor in (part.codes, part.meta, part.params)))
+        PagedTensor(part.fmt, *(tensor.to(device, copy=True) for tensor in (part.codes, part.meta, *part.constants)))
         for part in (pages.k, pages.v)
     )
     return LayerPages(*parts, pages.page_size, pages.head_dim)
@@ -187,9 +207,7 @@ class Source:
 
     def pages(self, num_pages: int) -> LayerPages:
         pages = LayerPages.empty(self.spec, num_pages, self.page_size, self.h_kv, self.d, self.device)
-        pages.k.set_params(self.params[0])
-        pages.v.set_params(self.params[1])
-        return poisoned(pages)
+        return poisoned(calibrated(pages, *self.params))
 
     def capacity(self, **changes: Any) -> Capacity:
         """Room for the batches of the tests; tiles are the device's own, the workers few, so that short batches split."""

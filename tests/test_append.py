@@ -14,6 +14,7 @@ from ops_helpers import (
     HEAD_DIMS,
     SPECS,
     Source,
+    calibrated,
     check_idempotent,
     odd_rows,
     params_for,
@@ -40,9 +41,7 @@ CASES = [
 def make(spec: KVSpec, k: Tensor, v: Tensor, page_size: int, num_pages: int = 4) -> LayerPages:
     """A poisoned cache with params fitted to the rows."""
     pages = poisoned(LayerPages.empty(spec, num_pages, page_size, *k.shape[1:]))
-    pages.k.set_params(params_for(spec.k, k))
-    pages.v.set_params(params_for(spec.v, v))
-    return pages
+    return calibrated(pages, params_for(spec.k, k), params_for(spec.v, v))
 
 
 def rows(tokens: int, h_kv: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:

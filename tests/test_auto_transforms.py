@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from calib import calibrate
-from calib.derive import tensor_params
+from calib.derive import tensor_params, tensor_shaping
 from foldkv.auto import Budget, api, calibrate_auto, choose_plan
 from foldkv.auto.candidates import DYNAMIC, FULL, TensorSize, sizes
 from foldkv.auto.sensitivity import sensitivities
@@ -103,6 +103,14 @@ def test_the_error_is_what_softmax_and_o_proj_see() -> None:
     codes, scale, zero = quantize(x, plain, tensor_params(once, plain))
     left = dequantize(codes, plain, tensor_params(once, plain), scale, zero).float() - x
     assert error(once, plain, "v") == pytest.approx(float(left.square().mean(0).sum()), rel=1e-5)
+    # With a Gram matrix: under it, of the shaped rows, as much in all as the weights.
+    once.gram = twice.gram = torch.ones(1, 64, 64) + torch.eye(64)
+    shaping = tensor_shaping(once, plain)
+    codes, scale, zero = quantize(x, plain, tensor_params(once, plain), shaping)
+    left = dequantize(codes, plain, tensor_params(once, plain), scale, zero).float() - x
+    want = (left.square().sum(-1) + left.sum(-1).square()).mean() / 2
+    assert error(once, plain, "v") == pytest.approx(float(want), rel=1e-4)
+    assert error(twice, plain, "v") == pytest.approx(2 * float(want), rel=1e-4)
 
 
 # --- in a plan --------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ DYNAMIC = "expected stored zeros and rotation only with dynamic scales, got code
 # --- append_kv --------------------------------------------------------------------------------------------------------
 
 APPEND_NAMES = (
-    "k v k_cache v_cache k_meta v_meta k_params v_params slot_mapping cos sin positions interleaved nonfinite "
-    "k_format v_format page_size"
+    "k v k_cache v_cache k_meta v_meta k_params v_params k_shaping v_shaping slot_mapping cos sin positions interleaved "
+    "nonfinite k_format v_format page_size"
 ).split()
 
 
@@ -47,12 +47,13 @@ def append_arguments(batch: Batch) -> dict[str, Any]:
     k, v = batch.pages.k, batch.pages.v
     new = torch.randn(2, 3, 2, 32)
     values = [
-        *new, k.codes, v.codes, k.meta, v.meta, k.params, v.params, torch.tensor([1, -1, 7]), None, None, None, False,
-        None, k.fmt.code, v.fmt.code, 16,
+        *new, k.codes, v.codes, k.meta, v.meta, k.params, v.params, k.shaping, v.shaping, torch.tensor([1, -1, 7]), None,
+        None, None, False, None, k.fmt.code, v.fmt.code, 16,
     ]  # fmt: skip
     return dict(zip(APPEND_NAMES, values, strict=True))
 
 
+EYE = torch.eye(32).to(torch.int8).repeat(2, 1, 1)
 ROPE = {"cos": torch.ones(50, 8), "sin": torch.ones(50, 8), "positions": torch.tensor([0, 99, 49])}
 BAD_APPENDS: list[tuple[dict[str, Any], str]] = [
     ({"k": torch.randn(3, 2, 48)}, "k: expected shape [*, 2, 32] (tokens, h_kv, d), got [3, 2, 48]"),
@@ -80,6 +81,10 @@ BAD_APPENDS: list[tuple[dict[str, Any], str]] = [
     ({"v_params": torch.zeros(5, 2, 32).half()}, "v_params: expected torch.float32, got torch.float16"),
     ({"k_params": torch.zeros(5, 2, 20)}, "head_dim: expected a multiple of 16 up to 512, got 20"),
     ({"k_params": torch.zeros(5, 2, 528)}, "head_dim: expected a multiple of 16 up to 512, got 528"),
+    ({"k_shaping": EYE}, "k_shaping: expected none for a format whose codes are rounded alone, got shape [2, 32, 32]"),
+    ({"v_shaping": EYE.float()}, "v_shaping: expected torch.int8, got torch.float32"),
+    ({"v_shaping": EYE[:1]}, "v_shaping: expected shape [2, 32, 32] (h_kv, d, d), got [1, 32, 32]"),
+    ({"v_shaping": EYE[:1].expand(2, 32, 32)}, "v_shaping: expected a contiguous tensor, got shape [2, 32, 32]"),
     ({"page_size": 24}, "page_size: expected 16, 32, 64 or 128, got 24"),
     ({"page_size": 32}, f"k_cache: expected shape [12, 2, 1024] {CODES} [12, 2, 512]"),
     ({"k_format": 99}, f"k_format: {FORMAT} 99"),
@@ -216,3 +221,39 @@ def test_params_must_be_usable() -> None:
         with fails("params: expected finite values, scale and balance > 0", ArgumentError):
             paged.set_params(params)
     assert torch.equal(paged.params, before)
+
+
+def test_shaping_must_be_usable() -> None:
+    paged = PagedTensor.empty(MODES["c4r"].k, 1, 16, 2, 32, "cpu")
+    assert paged.shaping is not None
+    paged.set_shaping(EYE)
+    address = paged.shaping.data_ptr()
+    with fails("shaping: expected torch.int8 of shape (2, 32, 32), got torch.int8 of shape (2, 32, 16)", ArgumentError):
+        paged.set_shaping(EYE[..., :16])
+    with fails("shaping: expected torch.int8 of shape (2, 32, 32), got torch.float32 of shape", ArgumentError):
+        paged.set_shaping(EYE.float())
+    for row, column, value in ((1, 2, 5), (3, 3, -1)):
+        shaping = EYE.clone()
+        shaping[1, row, column] = value
+        with fails("shaping: expected symmetric matrices, diagonal >= 0, got others; calibrate", ArgumentError):
+            paged.set_shaping(shaping)
+    assert torch.equal(paged.shaping, EYE)
+    paged.set_shaping(None)
+    assert not paged.shaping.any() and paged.shaping.data_ptr() == address
+    for fmt, d in ((MODES["c8"].k, 32), (MODES["c4"].k, 32), (MODES["c16"].k, 32), (MODES["c4r"].k, 512)):
+        plain = PagedTensor.empty(fmt, 1, 16, 2, d, "cpu")
+        plain.set_shaping(None)
+        assert plain.shaping is None
+        with fails(f"shaping: expected None for {fmt}, got shape (2, 32, 32)", ArgumentError):
+            plain.set_shaping(EYE)
+
+
+def test_no_shaping_of_large_heads() -> None:
+    pages = LayerPages.empty(MODES["c4r"], 1, 16, 1, 512)
+    x, shaping = torch.randn(1, 1, 512), torch.zeros(1, 512, 512, dtype=torch.int8)
+    arguments = [
+        x, x, pages.k.codes, pages.v.codes, pages.k.meta, pages.v.meta, pages.k.params, pages.v.params, shaping, None,
+        torch.tensor([0]), None, None, None, False, None, pages.k.fmt.code, pages.v.fmt.code, 16,
+    ]  # fmt: skip
+    with fails("k_shaping: expected none for a head_dim above 256, got head_dim 512"):
+        foldkv.append_kv(*arguments)

@@ -194,6 +194,26 @@ def test_addresses_stay_except_when_resized() -> None:
     assert float(layer.k.params[0, 0, 0]) == 2.0
 
 
+def test_shaping_is_set_in_place_and_moves_with_the_pools() -> None:
+    cache = PagedKVCache(1, 16, page_size=PAGE)
+    cache.add_layer(resolve_mode("c4r"), H_KV, D)
+    layer = cache.layers[0]
+    params = [identity_params(part.fmt, H_KV, D) for part in (layer.k, layer.v)]
+    assert layer.k.shaping is not None and layer.v.shaping is not None
+    addresses = layer.k.shaping.data_ptr(), layer.v.shaping.data_ptr()
+    shaping = (3 * torch.eye(D)).to(torch.int8).repeat(H_KV, 1, 1)
+    cache.set_params(0, *params, shaping, 2 * shaping)
+    with pytest.raises(ArgumentError, match="shaping"):
+        cache.set_params(0, params[0], params[1] * 2, 2 * shaping, -shaping)
+    assert torch.equal(layer.v.params, params[1]) and torch.equal(layer.k.shaping, shaping)
+    assert (layer.k.shaping.data_ptr(), layer.v.shaping.data_ptr()) == addresses
+    cache.resize(max_batch=2, max_seq_len=16)
+    layer = cache.layers[0]
+    assert layer.k.shaping is not None and torch.equal(layer.k.shaping, shaping)
+    cache.set_params(0, *params)
+    assert not layer.k.shaping.any()
+
+
 def test_bad_params_leave_both_as_they_were() -> None:
     cache = make_cache()
     layer = cache.layers[0]
@@ -251,7 +271,8 @@ def test_sizes_count_formats_heads_and_scale_data() -> None:
     assert cache.bits_per_element == pytest.approx((8.5 + 16) / 2)
     pools = 2 * PAGE * 2 * (2 * (32 + 2)) + 2 * PAGE * 2 * (64 * 2)
     params = 2 * 5 * 4 * (2 * 32 + 64)
-    assert cache.nbytes == pools + params + 2 * 4 + 4
+    shaping = 2 * 2 * 32 * 32
+    assert cache.nbytes == pools + params + shaping + 2 * 4 + 4
 
 
 @pytest.mark.parametrize("bad", [{"max_batch": 0}, {"max_seq_len": 0}, {"num_pages": 0}])

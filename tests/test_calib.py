@@ -45,6 +45,13 @@ def assert_stats_of(stats: TensorStats, rows: Tensor) -> None:
     torch.testing.assert_close(stats.percentiles.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
+def assert_gram(gram: Tensor | None, exact: Tensor) -> None:
+    """`gram` is `exact` scaled to a mean diagonal of 1, in values that fp16 holds."""
+    assert gram is not None and torch.equal(gram, gram.mT) and torch.equal(gram, gram.half().float())
+    exact = exact / exact.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    torch.testing.assert_close(gram.double(), exact, rtol=1e-3, atol=1e-5)
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -63,6 +70,16 @@ def test_statistics_are_those_of_the_captured_tensors(family: str) -> None:
         projection = model.model.layers[idx].self_attn.o_proj.weight.double()
         columns = projection.square().sum(0).view(2, 2, 16).sum(1)
         torch.testing.assert_close(layers[idx].v.weight.double(), columns, rtol=1e-5, atol=1e-7)
+        queries = rows_of(q).double().view(-1, 2, 2, 16)
+        assert_gram(layers[idx].k.gram, torch.einsum("thgd,thge->hde", queries, queries))
+        # Of the first four sequences: how much of an error in one token's V each head lets through.
+        logits = q[:4].double() @ k[:4].double().repeat_interleave(2, 1).mT / 4
+        seen = torch.ones(20, 20).tril()
+        seen = seen.triu(1 - window) if (window := getattr(model.config, "sliding_window", None)) else seen
+        weights = logits.masked_fill(seen == 0, -torch.inf).softmax(-1)
+        heads = weights.square().sum((0, 2, 3)).view(2, 2)
+        parts = projection.view(-1, 2, 2, 16)
+        assert_gram(layers[idx].v.gram, torch.einsum("hg,ohgd,ohge->hde", heads, parts, parts))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES | MORE_FAMILIES))

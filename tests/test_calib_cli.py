@@ -53,7 +53,15 @@ def test_calibrate_and_inspect(checkpoint: Path, text: Path, tmp_path: Path) -> 
 
     shown = run("inspect", out)
     assert shown.exit_code == 0, shown.output
-    for word in ("text.jsonl, 6 x 32 tokens", "2 of 2, 2 kv heads of 16", "c8", "k8v4 7", "outlier", "balance"):
+    for word in (
+        "text.jsonl, 6 x 32 tokens",
+        "2 of 2, 2 kv heads of 16",
+        "c8",
+        "k8v4 7",
+        "outlier",
+        "balance",
+        "of K in 2 layers, of V in 2",
+    ):
         assert word in shown.stdout, word
     rows = [line.split()[:2] for line in shown.stdout.splitlines()]
     assert [row for row in rows if row[1:] in (["K"], ["V"])] == [["0", "K"], ["0", "V"], ["1", "K"], ["1", "V"]]
@@ -74,6 +82,7 @@ def test_json(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     written = json.loads(done.stdout)
     assert (written["out"], written["mode"], written["data"]["max_position"]) == (str(out), "c4", 64)
     found = json.loads(run("inspect", out, "--json").stdout)
+    assert found["shaped"] == {"k": [True, True], "v": [True, True]}
     assert len(found["heads"]) == 2 * 2 * 2
     assert found["bits_per_element"]["c4"] == MODES["c4"].bits_per_element(16)
     assert found["config"]["data"] == written["data"]

@@ -9,11 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calib.derive import HEAD_ROOM_8BIT, MAX_BALANCE, balance, layer_params, static_scale, tensor_params
+from calib.derive import (
+    HEAD_ROOM_8BIT,
+    MAX_BALANCE,
+    balance,
+    layer_params,
+    layer_shaping,
+    static_scale,
+    tensor_params,
+    tensor_shaping,
+)
 from quant.errors import ArgumentError, ScaleFileError
+from quant.gram import normalised
 from quant.pages import BALANCE, MEAN, SCALE, ZERO, PagedTensor, identity_params
 from quant.reference import decode, encode, hadamard
-from quant.scales import StaticScale
+from quant.scales import StaticScale, TensorStats
 from quant.spec import MODES, Format
 
 STATIC = [
@@ -216,6 +226,86 @@ def test_rotation_leaves_the_energy_where_the_reference_says() -> None:
     step = turned.abs().amax(-1) / 127 * 1.01
     back = hadamard((round_trip(rows, fmt, params).float() - params[MEAN]) / params[BALANCE])
     assert ((back - turned).abs().amax(-1) <= step * 0.51).all()
+
+
+def with_gram(rows: Tensor, weight: Tensor | None = None, rank: int = 4) -> TensorStats:
+    """Statistics whose Gram matrix is of a few directions and a little of every one."""
+    stats = stats_of(rows, weight)
+    part = torch.randn(rows.shape[1], rows.shape[2], rank)
+    stats.gram = normalised(part @ part.mT + 0.05 * torch.eye(rows.shape[2]))
+    return stats
+
+
+SHAPED = [MODES["c4r"].k, MODES["c8d"].k, MODES["c8d"].v, Format("int4", "token", symmetric=False)]
+
+
+@pytest.mark.parametrize("query", [True, False])
+@pytest.mark.parametrize("fmt", SHAPED, ids=str)
+def test_shaping_is_the_gram_matrix_of_stored_rows(fmt: Format, query: bool) -> None:
+    """Its quadratic form on an error of a stored row is that of the Gram matrix on the value's, damped."""
+    stats = with_gram(torch.randn(300, 2, 32) * torch.logspace(-1, 1, 32))
+    stats.query = torch.randn(2, 32) if query else None
+    shaping, params = tensor_shaping(stats, fmt), tensor_params(stats, fmt)
+    assert shaping is not None and shaping.dtype == torch.int8 and stats.gram is not None
+    assert torch.equal(shaping, shaping.mT) and (shaping.amax((1, 2)) == 127).all()
+    PagedTensor.empty(fmt, 1, 16, 2, 32, "cpu").set_shaping(shaping)
+    y = torch.eye(32, dtype=torch.float64)[:, None].expand(-1, 2, -1)
+    x = (hadamard(y) if fmt.rotate else y) * params[BALANCE].double()
+    cost = torch.einsum("ihd,hde,jhe->hij", x, stats.gram.double(), x)
+    cost = cost / cost.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] + 0.1 * torch.eye(32)
+    cost = cost * 127 / cost.abs().amax((1, 2), keepdim=True)
+    assert (shaping - cost).abs().max() <= 0.5 + 1e-3
+
+
+def test_shaping_lowers_the_error_that_counts() -> None:
+    stats = with_gram(torch.randn(300, 2, 64) + torch.randn(2, 64))
+    rows = stats.sample
+    assert rows is not None and stats.gram is not None
+    for fmt in SHAPED:
+        params = tensor_params(stats, fmt)
+        costs = []
+        for shaping in (tensor_shaping(stats, fmt), None):
+            left = decode(*encode(rows, fmt, params, shaping), fmt, params) - rows
+            costs.append(float(torch.einsum("thd,hde,the->", left, stats.gram.double(), left)))
+        assert costs[0] < 0.5 * costs[1], (str(fmt), costs)
+
+
+def test_who_is_shaped_and_how_it_is_balanced() -> None:
+    stats = with_gram(torch.randn(300, 2, 16) * torch.logspace(-1, 1, 16), torch.rand(2, 16) + 0.1)
+    plain = balance(stats)
+    for fmt in (MODES["c4"].k, MODES["c8"].v, Format("int4", "token"), MODES["c16"].k):
+        assert tensor_shaping(stats, fmt) is None
+    assert torch.equal(tensor_params(stats, MODES["c4r"].v)[BALANCE], plain)
+    stats.query = torch.randn(2, 16)  # of K
+    other = tensor_params(stats, MODES["c4r"].k)[BALANCE]
+    log = 0.33 * stats.var.log() - 0.17 * stats.weight.log()
+    torch.testing.assert_close(other, (log - log.mean(-1, keepdim=True)).exp())
+    assert torch.equal(tensor_params(stats, Format("int4", "token", balance=True))[BALANCE], plain)
+    gram, stats.gram = stats.gram, None
+    assert tensor_shaping(stats, MODES["c4r"].k) is None
+    assert torch.equal(tensor_params(stats, MODES["c4r"].k)[BALANCE], plain)
+    assert gram is not None
+    stats.gram = gram * torch.tensor([1.0, 0.0])[:, None, None]
+    shaping = tensor_shaping(stats, MODES["c4r"].k)
+    assert shaping is not None and shaping[0].any() and not shaping[1].any()
+
+
+def test_a_shaped_head_has_a_positive_diagonal() -> None:
+    """A channel that counts for all: the others' share rounds to nothing, and still the head is shaped."""
+    stats = stats_of(torch.randn(50, 1, 128))
+    stats.gram = normalised(torch.diag_embed(torch.where(torch.arange(128) == 100, 1e6, 1e-3))[None])
+    shaping = tensor_shaping(stats, MODES["c8d"].v)
+    assert shaping is not None and (shaping.diagonal(dim1=1, dim2=2) >= 1).all()
+
+
+def test_shaping_goes_with_the_parameters_of_its_layer() -> None:
+    scales = random_scales()
+    scales[0].k.gram = with_gram(torch.randn(50, *scales[0].k.min.shape)).gram
+    k, v = layer_shaping(scales, 0, MODES["c4r"])
+    want = tensor_shaping(scales[0].k, MODES["c4r"].k)
+    assert v is None and k is not None and want is not None and torch.equal(k, want)
+    with pytest.raises(ScaleFileError, match="layer"):
+        layer_shaping(scales, 99, MODES["c4r"])
 
 
 def test_a_layer_without_statistics() -> None:

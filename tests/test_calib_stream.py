@@ -35,6 +35,9 @@ def assert_same(a: KVScales, b: KVScales) -> None:
             one, other = getattr(x, tensor), getattr(y, tensor)
             for part in PARTS:
                 assert torch.equal(torch.as_tensor(getattr(one, part)), torch.as_tensor(getattr(other, part))), part
+            for part in ("query", "gram"):
+                assert (getattr(one, part) is None) == (getattr(other, part) is None), part
+                assert getattr(one, part) is None or torch.equal(getattr(one, part), getattr(other, part)), part
             assert (one.static is None) == (other.static is None)
             if one.static is not None:
                 assert torch.equal(one.static.scale, other.static.scale)

@@ -46,17 +46,22 @@ def make_engine(model: PreTrainedModel, **options: int) -> Engine:
     return Engine(model, max_batch=4, max_seq_len=64, prefill_tokens=32, **options)
 
 
-@pytest.mark.parametrize("mode", ["c8", "c4"])
+@pytest.mark.parametrize("mode", ["c8", "c4", "c4r"])
 def test_a_then_b_then_a_has_the_bits_of_a(llama: PreTrainedModel, both: tuple[KVScales, KVScales], mode: str) -> None:
     a, b = both
     with swap_kv_cache(llama, mode, a, page_size=16) as swap, make_engine(llama) as engine:
-        addresses = [layer.k.params.data_ptr() for layer in engine.runner.paged.layers]
+
+        def addresses() -> list[int]:
+            return [part.data_ptr() for layer in engine.runner.paged.layers for part in layer.k.constants]
+
+        before = addresses()
+        assert len(before) == 2 * (1 + (mode == "c4r"))
         first = scores(engine)
         engine.load(scales=b)
         other = scores(engine)
         swap.load(scales=a)
         assert torch.equal(scores(engine), first) and not torch.equal(other, first)
-        assert [layer.k.params.data_ptr() for layer in engine.runner.paged.layers] == addresses
+        assert addresses() == before
         check_empty(engine)
 
 

@@ -41,7 +41,9 @@ def test_bits_per_element_are_what_the_pools_take(mode: str) -> None:
         pages = LayerPages.empty(spec, 5, page_size, 3, d)
         pool_bytes = sum(pool.nbytes for pool in pools(pages))
         assert pool_bytes * 8 == pytest.approx(2 * 5 * page_size * 3 * d * spec.bits_per_element(d), rel=1e-12)
-        assert pages.nbytes == pool_bytes + 2 * 5 * 3 * d * 4
+        shaped = sum(fmt.shapes_rounding for fmt in (spec.k, spec.v))
+        assert shaped == {"c8d": 2, "k8v4": 1, "c4": 1, "c4r": 2, "c4d": 2}.get(mode, 0)
+        assert pages.nbytes == pool_bytes + 2 * 5 * 3 * d * 4 + shaped * 3 * d * d
 
 
 def test_ids_of_codecs_never_change() -> None:

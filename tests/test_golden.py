@@ -24,7 +24,8 @@ GOLDEN = Path(__file__).parent / "golden" / "format_v1.json"
 NUM_PAGES, PAGE, H_KV, D, TOKENS = 3, 16, 2, 48, 20
 # Every format, and what one that steers gives under a direction of queries.
 STEERED = "int4.channel.asym, steered"
-CASES = {**FORMATS, STEERED: FORMATS["int4.channel.asym"]}
+SHAPED = {f"{name}, shaped": FORMATS[name] for name in FORMATS if FORMATS[name].shapes_rounding}
+CASES = {**FORMATS, STEERED: FORMATS["int4.channel.asym"], **SHAPED}
 
 Append = Callable[[LayerPages, Tensor, Tensor, Tensor], None]
 
@@ -53,12 +54,22 @@ def golden_params(fmt: Format, steered: bool) -> Tensor:
     return params
 
 
+def golden_shaping() -> Tensor:
+    """int8 `[h_kv, d, d]`: of head 0 a matrix of rank 4 and a diagonal, of head 1 zeros."""
+    c, r = torch.meshgrid(torch.arange(D), torch.arange(4), indexing="ij")
+    part = (c * c * 3 + c * r * 5 + r) % 7 - 3
+    shaping = torch.zeros(H_KV, D, D, dtype=torch.int8)
+    shaping[0] = (part @ part.T + torch.diag(20 + torch.arange(D) % 5)).to(torch.int8)
+    return shaping
+
+
 def stored(name: str, append: Append) -> dict[str, str]:
     """What the pools of a cache of one case hold after the golden rows went in, backwards, into pages 0 and 2."""
     fmt = CASES[name]
     pages = LayerPages.empty(KVSpec(fmt, fmt), NUM_PAGES, PAGE, H_KV, D)
     for part in (pages.k, pages.v):
         part.set_params(golden_params(fmt, name == STEERED))
+        part.set_shaping(golden_shaping() if name in SHAPED else None)
     x = golden_rows()
     slots = torch.tensor([t if t < PAGE else PAGE + t for t in range(TOKENS)])
     append(pages, x, x.flip(0).contiguous(), slots.flip(0))

@@ -22,10 +22,11 @@ from hf_helpers import (
 )
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, pipeline
 
-from calib.derive import layer_params
+from calib.derive import layer_params, layer_shaping
 from foldkv.hf import FoldCache, current_swap, swap_kv_cache
 from quant.backend import has_kernels
 from quant.errors import ArgumentError, UnsupportedModelError
+from quant.gram import normalised
 from quant.pages import BALANCE, MEAN, SCALE, ZERO
 from quant.scales import KVScales, LayerStats, TensorStats
 from quant.spec import MODES, KVSpec, parse_modes
@@ -52,7 +53,10 @@ def observed_scales(model: PreTrainedModel, max_position: int = 1024) -> KVScale
             rows = x.transpose(1, 2).flatten(0, 1)
             low, high, mean, var = rows.amin(0), rows.amax(0), rows.mean(0), rows.var(0)
             weight = 0.5 + torch.rand(mean.shape)
-            stats.append(TensorStats(low, high, mean, var, torch.stack([mean] * 9), weight, rows.shape[0]))
+            gram = normalised(torch.einsum("thd,the->hde", rows.flip(-1), rows.flip(-1)))
+            percentiles = torch.stack([mean] * 9)
+            stats.append(TensorStats(low, high, mean, var, percentiles, weight, rows.shape[0], gram=gram))
+        stats[0].query = torch.randn(H_KV, D)
         layers.append(LayerStats(*stats))
     return KVScales(layers, {"data": {"max_position": max_position}})
 
@@ -229,6 +233,9 @@ def test_parameters_of_calibrated_modes_reach_the_pages(model: PreTrainedModel) 
         logits(model, tokens(), past_key_values=cache)
     for idx, spec in enumerate((MODES["c4"], MODES["c4r"])):
         pages = cache.layers[idx].pages
+        for part, want in zip((pages.k, pages.v), layer_shaping(scales, idx, spec), strict=True):
+            assert (part.shaping is None) == (want is None) == (not part.fmt.shapes_rounding)
+            assert want is None or (torch.equal(part.shaping, want) and (want[:, 0, 0] > 0).all())
         for part, want, fmt in zip((pages.k, pages.v), layer_params(scales, idx, spec), (spec.k, spec.v), strict=True):
             assert part.fmt == fmt
             assert torch.equal(part.params, want)
@@ -279,7 +286,11 @@ def test_logits_are_those_of_the_reference_cache(mode: str, calibrated: bool) ->
         return
     with swap_kv_cache(model, mode, scales, page_size=PAGE) as swap:
         got = run_in_steps(model, swap.new_cache(3, 32))
-    params = layer_params(scales, 0, swap.specs[0]) if scales else None
+    params = (
+        (*layer_params(scales, 0, swap.specs[0]), *layer_shaping(scales, 0, swap.specs[0]))
+        if scales is not None
+        else None
+    )
     want, exact = (run_in_steps(model, cache) for cache in (ReferenceCache(swap.specs, [params]), DynamicCache()))
     check_logits(got, want, exact)
     if mode != "c32":
@@ -336,7 +347,7 @@ def test_bits_per_element_of_mixed_layers(model: PreTrainedModel) -> None:
         logits(model, tokens(), past_key_values=cache)
         assert cache.bits_per_element == pytest.approx(swap.bits_per_element)
         row = 2 * H_KV * (2 * D) + 2 * H_KV * (D // 2 + 4)
-        assert cache.nbytes == PAGE * row + 2 * LAYERS * 5 * 4 * H_KV * D + 4 + 4
+        assert cache.nbytes == PAGE * row + 2 * LAYERS * 5 * 4 * H_KV * D + 2 * H_KV * D * D + 4 + 4
         assert "'c16,1:c4r'" in repr(swap)
 
 

@@ -40,10 +40,13 @@ def test_opcheck_append_kv(batch: Batch) -> None:
     one, slots = batch.sequences[0], batch.slots(0)
     tail = codes(batch.pages)
     cache = cache_args(batch.pages)
-    torch.library.opcheck(foldkv.append_kv, (one.k, one.v, *cache, slots, None, None, None, False, None, *tail))
+    shaping = batch.pages.k.shaping, batch.pages.v.shaping
+    torch.library.opcheck(
+        foldkv.append_kv, (one.k, one.v, *cache, *shaping, slots, None, None, None, False, None, *tail)
+    )
     cos, sin = torch.rand(2, 64, 8)
     rope = (cos, sin, torch.arange(40), True, torch.zeros(1, dtype=torch.int64))
-    torch.library.opcheck(foldkv.append_kv, (strided(one.k), one.v, *cache, slots, *rope, *tail))
+    torch.library.opcheck(foldkv.append_kv, (strided(one.k), one.v, *cache, None, None, slots, *rope, *tail))
 
 
 def test_opcheck_plan(batch: Batch) -> None:

@@ -151,6 +151,8 @@ def report(model: PreTrainedModel) -> AccuracyReport:
         Tampered("k_for_v_searched", "c4r", scales, append_changed(lambda k, v: (v, k))),
         Tampered("stale_plan", "c8", scales, stale_plan),
         Tampered("late_append", "c8", scales, forgets_newest),
+        Tampered("shifted_shaped", "c8d", scales, append_changed(lambda k, v: (k.roll(1, -1), v))),
+        ExactPrefill("exact_prefill_shaped", parse_modes("c4r", 2), scales),
         ExactPrefill("exact_prefill", parse_modes("c4", 2), scales),
     ]
     windows = token_windows(4, 288, seed=2)
@@ -178,6 +180,8 @@ def test_honest_modes_pass_every_check(report: AccuracyReport, mode: str) -> Non
         ("k_for_v_searched", {"reference_prefill", "reference_decode"}),
         ("stale_plan", {"reference_decode"}),
         ("late_append", {"reference_decode"}),
+        ("shifted_shaped", {"reference_prefill", "reference_decode"}),
+        ("exact_prefill_shaped", {"reference_prefill", "ways_agree"}),
         ("exact_prefill", {"reference_prefill", "ways_agree"}),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from quant import scale_files
 from quant.errors import ArgumentError, CalibrationError, ScaleFileError
+from quant.gram import normalised
 from quant.scales import CONFIG_FILE, SCALES_FILE, KVScales, LayerStats, TensorStats, model_facts, model_hash
 
 
@@ -112,6 +113,62 @@ def test_a_mean_query_is_kept_and_files_without_one_load(saved: Path, tmp_path: 
     scales[0].k.query = torch.zeros(H_KV, 3)
     with pytest.raises(ScaleFileError, match="layer 0 K query: expected shape"):
         scales.check()
+
+
+def gram_of(h_kv: int = H_KV, d: int = HEAD_DIM, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(40, h_kv, d, generator=torch.Generator().manual_seed(seed))
+    return normalised(torch.einsum("thd,the->hde", rows, rows))
+
+
+def test_gram_matrices_are_kept_to_the_bit_and_files_without_one_load(saved: Path, tmp_path: Path) -> None:
+    scales = KVScales.load(saved)
+    assert scales[0].k.gram is None and scales[0].v.gram is None
+    small = (saved / SCALES_FILE).stat().st_size
+    scales[0].k.gram, scales[1].v.gram = gram_of(), gram_of(seed=1)
+    scales.save(tmp_path / "with")
+    loaded = KVScales.load(tmp_path / "with")
+    for got, want in ((loaded[0].k, scales[0].k), (loaded[1].v, scales[1].v)):
+        assert got.gram is not None and want.gram is not None and torch.equal(got.gram, want.gram)
+    assert loaded[0].v.gram is None and loaded[1].k.gram is None
+    # Two bytes for each number of a triangle, and the headers.
+    assert (tmp_path / "with" / SCALES_FILE).stat().st_size - small < 2 * (H_KV * HEAD_DIM * (HEAD_DIM + 1) + 150)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda gram: gram[..., :-1], "layer 0 K gram: expected shape"),
+        (lambda gram: gram[:1], "layer 0 K gram: expected shape"),
+        (
+            lambda gram: gram * torch.tensor([1.0, float("nan")])[:, None, None],
+            "layer 0 K gram, head 1: expected finite",
+        ),
+        (
+            lambda gram: gram.triu(),
+            "layer 0 K gram, head 0 and 1 more: expected a symmetric matrix with a diagonal >= 0",
+        ),
+        (lambda gram: -gram, "layer 0 K gram, head 0 and 1 more: expected a symmetric matrix with a diagonal >= 0"),
+    ],
+)
+def test_a_damaged_gram_matrix_is_refused(saved: Path, change: Callable[..., torch.Tensor], message: str) -> None:
+    scales = KVScales.load(saved)
+    scales[0].k.gram = change(gram_of())
+    with pytest.raises(ScaleFileError, match=message):
+        scales.check()
+
+
+def test_a_damaged_gram_in_the_file_is_refused(saved: Path) -> None:
+    scales = KVScales.load(saved)
+    scales[0].k.gram = gram_of()
+    scales.save(saved)
+    name = "model.layers.0.self_attn.k_gram"
+    for edit, message in (
+        (lambda tensors: tensors.update({name: tensors[name].float()}), "k_gram: expected torch.float16"),
+        (lambda tensors: tensors.update({name: tensors[name].half()[:, 1:].clone()}), "layer 0 K gram: expected shape"),
+    ):
+        rewrite(saved, edit_tensors=edit)
+        with pytest.raises(ScaleFileError, match=message):
+            KVScales.load(saved)
 
 
 def test_half_precision_statistics_are_written_as_fp32(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ void check_contents(const AppendParams& p) {
 
 struct AppendTensors {
   const Tensor &k, &v, &k_cache, &v_cache, &k_meta, &v_meta, &k_params, &v_params, &slot_mapping;
-  const OptionalTensor &cos, &sin, &positions, &nonfinite;
+  const OptionalTensor &k_shaping, &v_shaping, &cos, &sin, &positions, &nonfinite;
 };
 
 AppendParams append_params(const AppendTensors& t, bool interleaved, int64_t k_format, int64_t v_format,
@@ -38,6 +38,8 @@ AppendParams append_params(const AppendTensors& t, bool interleaved, int64_t k_f
   p.num_pages = shape.num_pages;
   p.k_cache = as_cache(t.k_cache, t.k_meta, t.k_params, k_format, shape, true);
   p.v_cache = as_cache(t.v_cache, t.v_meta, t.v_params, v_format, shape, false);
+  p.k_cache.shaping = as_shaping(t.k_shaping, "k_shaping", p.k_cache.format, shape);
+  p.v_cache.shaping = as_shaping(t.v_shaping, "v_shaping", p.v_cache.format, shape);
   check_shape(t.k, "k", {kAny, shape.h_kv, shape.d}, "tokens, h_kv, d");
   check_shape(t.v, "v", {t.k.size(0), shape.h_kv, shape.d}, "tokens, h_kv, d");
   p.num_tokens = to_int("tokens", t.k.size(0));
@@ -69,14 +71,15 @@ AppendParams append_params(const AppendTensors& t, bool interleaved, int64_t k_f
 }
 
 void append_kv_cpu(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& k_meta,
-                   const Tensor& v_meta, const Tensor& k_params, const Tensor& v_params, const Tensor& slot_mapping,
+                   const Tensor& v_meta, const Tensor& k_params, const Tensor& v_params,
+                   const OptionalTensor& k_shaping, const OptionalTensor& v_shaping, const Tensor& slot_mapping,
                    const OptionalTensor& cos, const OptionalTensor& sin, const OptionalTensor& positions,
                    bool interleaved, const OptionalTensor& nonfinite, int64_t k_format, int64_t v_format,
                    int64_t page_size) {
   check_cpu();
-  const AppendParams p = append_params(
-      {k, v, k_cache, v_cache, k_meta, v_meta, k_params, v_params, slot_mapping, cos, sin, positions, nonfinite},
-      interleaved, k_format, v_format, page_size);
+  const AppendParams p = append_params({k, v, k_cache, v_cache, k_meta, v_meta, k_params, v_params, slot_mapping,
+                                        k_shaping, v_shaping, cos, sin, positions, nonfinite},
+                                       interleaved, k_format, v_format, page_size);
   check_contents(p);
   cpu::append_kv(p, cpu_parallel);
 }
@@ -84,18 +87,21 @@ void append_kv_cpu(const Tensor& k, const Tensor& v, const Tensor& k_cache, cons
 #ifdef FOLDKV_HAS_CUDA
 void append_kv_cuda(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                     const Tensor& k_meta, const Tensor& v_meta, const Tensor& k_params, const Tensor& v_params,
-                    const Tensor& slot_mapping, const OptionalTensor& cos, const OptionalTensor& sin,
-                    const OptionalTensor& positions, bool interleaved, const OptionalTensor& nonfinite,
-                    int64_t k_format, int64_t v_format, int64_t page_size) {
-  const AppendParams p = append_params(
-      {k, v, k_cache, v_cache, k_meta, v_meta, k_params, v_params, slot_mapping, cos, sin, positions, nonfinite},
-      interleaved, k_format, v_format, page_size);
+                    const OptionalTensor& k_shaping, const OptionalTensor& v_shaping, const Tensor& slot_mapping,
+                    const OptionalTensor& cos, const OptionalTensor& sin, const OptionalTensor& positions,
+                    bool interleaved, const OptionalTensor& nonfinite, int64_t k_format, int64_t v_format,
+                    int64_t page_size) {
+  const AppendParams p = append_params({k, v, k_cache, v_cache, k_meta, v_meta, k_params, v_params, slot_mapping,
+                                        k_shaping, v_shaping, cos, sin, positions, nonfinite},
+                                       interleaved, k_format, v_format, page_size);
   const auto on_device = [&](const Tensor& tensor, const char* name) {
     check_same_device(tensor, name, k_cache, "k_cache");
   };
   on_device(k, "k"), on_device(v, "v"), on_device(v_cache, "v_cache");
   on_device(k_meta, "k_meta"), on_device(v_meta, "v_meta");
   on_device(k_params, "k_params"), on_device(v_params, "v_params"), on_device(slot_mapping, "slot_mapping");
+  if (k_shaping.has_value()) on_device(*k_shaping, "k_shaping"), check_aligned(*k_shaping, "k_shaping");
+  if (v_shaping.has_value()) on_device(*v_shaping, "v_shaping"), check_aligned(*v_shaping, "v_shaping");
   if (cos.has_value()) on_device(*cos, "cos"), on_device(*sin, "sin"), on_device(*positions, "positions");
   if (nonfinite.has_value()) on_device(*nonfinite, "nonfinite");
   check_aligned(k_cache, "k_cache"), check_aligned(v_cache, "v_cache");

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "bind/check.h"
+#include "core/dynamic.h"
 #include "core/params.h"
 
 namespace foldkv::bind {
@@ -44,6 +45,8 @@ inline Format as_format(const char* name, int64_t code) {
   return format;
 }
 
+constexpr int kMaxShapedDim = 256;  // as quant/spec.py has it
+
 struct CacheShape {
   int64_t num_pages;
   int h_kv, d, page_size;
@@ -72,7 +75,22 @@ inline Cache as_cache(const Tensor& codes, const Tensor& meta, const Tensor& par
   check_tensor(params, is_k ? "k_params" : "v_params", ScalarType::Float, {kNumParamRows, shape.h_kv, shape.d},
                "scale/zero/mean/balance/query, h_kv, d");
   return {static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<uint8_t*>(meta.mutable_data_ptr()),
-          static_cast<const float*>(params.const_data_ptr()), format};
+          static_cast<const float*>(params.const_data_ptr()), nullptr, format};
+}
+
+// What rows are shaped by, or null; only formats that Format.shapes_rounding of quant/spec.py names take one.
+inline const int8_t* as_shaping(const OptionalTensor& shaping, const char* name, const Format& format,
+                                const CacheShape& shape) {
+  if (!shaping.has_value()) return nullptr;
+  const int bits = kCodecs[format.codec].bits;
+  if (!format.dynamic || !(bits == 8 || (bits == kSearchBits && format.stored_zero))) {
+    fail(name, ": expected none for a format whose codes are rounded alone, got shape ", shape_text(*shaping));
+  }
+  if (shape.d > kMaxShapedDim) {
+    fail(name, ": expected none for a head_dim above ", kMaxShapedDim, ", got head_dim ", shape.d);
+  }
+  check_tensor(*shaping, name, ScalarType::Char, {shape.h_kv, shape.d, shape.d}, "h_kv, d, d");
+  return static_cast<const int8_t*>(shaping->const_data_ptr());
 }
 
 template <class T>

@@ -35,6 +35,7 @@ void check(bool ok, const Parts&... parts) {
 inline std::string dtype_text(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Char: return "torch.int8";
     case ScalarType::Int: return "torch.int32";
     case ScalarType::Long: return "torch.int64";
     case ScalarType::Half: return "torch.float16";

@@ -19,6 +19,7 @@ struct Cache {
   uint8_t* codes;       // [num_pages, h_kv, page_size * row_bytes]
   uint8_t* meta;        // [num_pages, h_kv, page_size * meta_bytes]; unused unless the format is dynamic
   const float* params;  // [5, h_kv, d]: static scale, zero, mean, balance, direction of queries
+  const int8_t* shaping;  // [h_kv, d, d], nullable: what choosing codes together weighs errors by (core/shaping.h)
   Format format;
 };
 

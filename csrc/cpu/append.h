@@ -3,6 +3,7 @@
 
 #include "core/dynamic.h"
 #include "cpu/rows.h"
+#include "cpu/shaping.h"
 #include "cpu/steering.h"
 #include "cpu/tables.h"
 
@@ -57,8 +58,8 @@ inline int64_t whole_sum(const F& x) {
   return sum;
 }
 
-// search_rows of quant/dynamic.py: the codes, scale and zero of a row from low <= 0 to high >= 0.
-inline ScaleZero search_row(const float* y, int d, float low, float high, int32_t* codes) {
+// search_rows of quant/dynamic.py: the codes, scale and zero of a row from low <= 0 to high >= 0. shaping: nullable.
+inline ScaleZero search_row(const float* y, int d, float low, float high, const int8_t* shaping, int32_t* codes) {
   const float width = high - low, inverse = kSearchUnits / width, origin = (0.0f - low) * inverse;
   alignas(64) float units[kMaxHeadDim];
   F errors[kSearchGrids];
@@ -80,9 +81,18 @@ inline ScaleZero search_row(const float* y, int d, float low, float high, int32_
   }
   const SearchGrid grid = search_grid(best);
   const F whole_origin = rint(splat(origin));
+  alignas(64) float chosen[kMaxHeadDim];
+  for (int c = 0; c < d; c += 16) store(chosen + c, nearest_codes(load(units + c), grid));
+  if (shaping != nullptr) {
+    alignas(64) float error[kMaxHeadDim] = {};
+    for (int c = 0; c < d; c += 16) {
+      store(error + c, load(chosen + c) * splat(grid.step) + splat(grid.start) - load(units + c));
+    }
+    shape_codes(shaping, error, grid.step, 15.0f, d, chosen);
+  }
   F square = splat(0.0f), product = splat(0.0f);
   for (int c = 0; c < d; c += 16) {
-    const F unit = load(units + c), code = nearest_codes(unit, grid), truth = unit - whole_origin;
+    const F unit = load(units + c), code = load(chosen + c), truth = unit - whole_origin;
     istore(codes + c, to_int(code));
     square = square + truth * truth;
     product = product + truth * (code * splat(grid.step) + splat(grid.start) - whole_origin);
@@ -93,8 +103,24 @@ inline ScaleZero search_row(const float* y, int d, float low, float high, int32_
           half_to_float(float_to_half((origin - grid.start) / grid.step))};
 }
 
-// Codes, scale and zero of a dynamic row.
-inline ScaleZero quantize_row(const float* y, int d, int bits, bool stored_zero, int32_t* codes) {
+// The codes of a row on a grid of 8 bits, chosen together.
+inline void shape_row(const float* y, int d, const ScaleZero& row, const int8_t* shaping, int32_t* codes) {
+  alignas(64) float code[kMaxHeadDim] = {}, error[kMaxHeadDim] = {};
+  const F units = splat(static_cast<float>(kShapeUnits)), bound = splat(static_cast<float>(kShapeMost));
+  for (int c = 0; c < d; c += 16) {
+    const F place = load(y + c) / splat(row.scale) + splat(row.zero);
+    const F nearest = min(max(rint(place), splat(0.0f)), splat(255.0f));
+    const F miss = units * nearest - rint(units * place);
+    store(code + c, nearest);
+    store(error + c, min(max(miss, splat(0.0f) - bound), bound));
+  }
+  shape_codes(shaping, error, static_cast<float>(kShapeUnits), 255.0f, d, code);
+  for (int c = 0; c < d; c += 16) istore(codes + c, to_int(load(code + c)));
+}
+
+// Codes, scale and zero of a dynamic row. shaping: of the row's head, nullable.
+inline ScaleZero quantize_row(const float* y, int d, int bits, bool stored_zero, const int8_t* shaping,
+                              int32_t* codes) {
   F lowest = load(y), highest = lowest;
   for (int c = 16; c < d; c += 16) {
     lowest = min(lowest, load(y + c));
@@ -103,9 +129,13 @@ inline ScaleZero quantize_row(const float* y, int d, int bits, bool stored_zero,
   const float low = hmin(lowest) + 0.0f, high = hmax(highest);  // a zero is +0, whichever zero of the row came first
   if (stored_zero && bits == kSearchBits && low <= 0.0f && high >= 0.0f &&
       (-low > high ? -low : high) >= kLeastSearched) {
-    return search_row(y, d, low, high, codes);
+    return search_row(y, d, low, high, shaping, codes);
   }
   const ScaleZero row = min_max_scale(low, high, bits, stored_zero);
+  if (shaping != nullptr && bits == kShapeBits) {
+    shape_row(y, d, row, shaping, codes);
+    return row;
+  }
   for (int c = 0; c < d; c += 16) {
     istore(codes + c, round_codes(load(y + c), splat(row.scale), splat(row.zero), bits));
   }
@@ -151,7 +181,7 @@ inline int encode_row(const Cache& cache, const cpu::CodecOps& codec, float* x, 
   ScaleZero dynamic{};
   alignas(64) float direction[kMaxHeadDim];
   if (format.dynamic) {
-    dynamic = quantize_row(x, d, bits, format.stored_zero, codes);
+    dynamic = quantize_row(x, d, bits, format.stored_zero, shaping_of(cache, head, d), codes);
   } else if (bits == kSteerBits && read_direction(param(kQuery), d, direction)) {
     for (int c = 0; c < d; c += 16) store(x + c, load(x + c) / load(param(kScale) + c) + load(param(kZero) + c));
     steer_row(x, direction, d, codes);

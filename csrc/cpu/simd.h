@@ -14,6 +14,7 @@
 //   I izero(), iload(const int32_t*); void istore(int32_t*, I); I to_int(F) (half to even); F to_float(I)
 //   I madd(I acc, W a, W b): acc[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1];  I sum16(const I (&a)[16])
 //   W wload(const int16_t*), wsplat_pair(const int16_t*): two numbers repeated, widen_u8(const uint8_t*): 32 bytes
+//   W widen_i8(const int8_t*): 32 signed bytes
 //   W widen_u4(const uint8_t*): 16 bytes, the low nibbles to lanes 0..15 and the high ones to lanes 16..31
 //   void interleave(W a, W b, W& lo, W& hi): pairs (a[i], b[i]), in an order that `deinterleave` undoes:
 //   void deinterleave(I lo, I hi, I& first, I& second): lanes 0..15 and 16..31 of what `interleave` took

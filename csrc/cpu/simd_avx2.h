@@ -132,6 +132,12 @@ inline __m256i widen_16(const uint8_t* p) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline W widen_u8(const uint8_t* p) { return {widen_16(p), widen_16(p + 16)}; }
+inline W widen_i8(const int8_t* p) {
+  const auto half = [](const int8_t* from) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  };
+  return {half(p), half(p + 16)};
+}
 inline W widen_u4(const uint8_t* p) {
   const __m256i wide = widen_16(p);
   return {_mm256_and_si256(wide, _mm256_set1_epi16(15)), _mm256_srli_epi16(wide, 4)};

@@ -104,6 +104,9 @@ inline W wsplat_pair(const int16_t* p) {
 inline W widen_u8(const uint8_t* p) {
   return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline W widen_i8(const int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 inline W widen_u4(const uint8_t* p) {
   const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256i low = _mm256_and_si256(wide, _mm256_set1_epi16(15));

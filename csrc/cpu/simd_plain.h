@@ -133,6 +133,9 @@ inline W wsplat_pair(const int16_t* p) {
 inline W widen_u8(const uint8_t* p) {
   return lanes<W>([=](int i) { return static_cast<int16_t>(p[i]); });
 }
+inline W widen_i8(const int8_t* p) {
+  return lanes<W>([=](int i) { return static_cast<int16_t>(p[i]); });
+}
 inline W widen_u4(const uint8_t* p) {
   return lanes<W>([=](int i) { return static_cast<int16_t>(i < 16 ? p[i] & 15 : p[i - 16] >> 4); });
 }

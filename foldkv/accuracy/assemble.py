@@ -134,7 +134,8 @@ def _checks(
             checks.append(verdict.kernel_check(source.name, probes[source.name], source.name))
         if source.quantised:
             checks += verdict.exercised_checks(source.name, found.runs)
-        checks += verdict.reference_checks(source.name, found.crosschecks.get(source.name, {}), source.searches)
+        crosschecks = found.crosschecks.get(source.name, {})
+        checks += verdict.reference_checks(source.name, crosschecks, source.searches, source.shapes)
         agree = verdict.ways_check(source.name, found.runs, floor)
         checks += [agree] if agree else []
         if source.name != CONTROL_MODE:

@@ -31,11 +31,13 @@ class CrossCheck:
     """One source, one way. kld: mean KLD of the source from its reference; own_kld: of the reference from the base's.
 
     noise: mean KLD of the 16-bit base from its own reference, the same way: what rounding alone does in this model.
+    ratio: the source's KLD from the base's reference over its reference's, same positions. None in older reports.
     """
 
     kld: float
     own_kld: float
     noise: float
+    ratio: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,10 +64,11 @@ def cross_check(
             continue
         wanted = _run(model, reference, ids)
         own = _kld(truth, (0, wanted), ids)
-        result[source.name] = {
-            way.name: CrossCheck(_kld(wanted, _through(model, source, way, ids), ids), own, noise[way.name])
-            for way in ways
-        }
+        result[source.name] = {}
+        for way in ways:
+            got = _through(model, source, way, ids)
+            ratio = _kld(truth, got, ids) / max(_kld(truth, (got[0], wanted[:, got[0] :]), ids), 1e-30)
+            result[source.name][way.name] = CrossCheck(_kld(wanted, got, ids), own, noise[way.name], ratio)
     return result
 
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from calib.derive import layer_params
+from calib.derive import layer_params, layer_shaping
 from quant import reference
 from quant.pages import identity_params
 from quant.spec import Format, LayerSpecs
@@ -59,13 +59,18 @@ def like(rows: Tensor, x: Tensor) -> Tensor:
     return rows.view(b, s, h, d).transpose(1, 2)
 
 
-def format_codec(fmt: Format, params: Tensor | None) -> Codec:
-    """The reference's codec of `fmt`, exact to the stored bits. params: fp32 `[5, h_kv, d]`, or None for the identity."""
+def format_codec(fmt: Format, params: Tensor | None, shaping: Tensor | None = None) -> Codec:
+    """The reference's codec of `fmt`, exact to the stored bits.
+
+    params: fp32 `[5, h_kv, d]`, or None for the identity. shaping: int8 `[h_kv, d, d]` (`quant.shaping`), or None for rows that
+    round plainly.
+    """
 
     def codec(x: Tensor) -> Tensor:
         used = identity_params(fmt, x.shape[1], x.shape[3]) if params is None else params
         used = used.to(x.device)
-        codes, meta = reference.encode(rows_of(x), fmt, used)
+        shapes = None if shaping is None else shaping.to(x.device)
+        codes, meta = reference.encode(rows_of(x), fmt, used, shapes)
         return like(reference.decode(codes, meta, fmt, used, torch.float32), x)
 
     return codec
@@ -76,8 +81,10 @@ def spec_codecs(specs: LayerSpecs, scales: KVScales | None) -> Codecs:
 
     def of_layer(layer_idx: int) -> tuple[Codec, Codec]:
         spec = specs[layer_idx]
-        params = (None, None) if scales is None else layer_params(scales, layer_idx, spec)
-        return format_codec(spec.k, params[0]), format_codec(spec.v, params[1])
+        if scales is None:
+            return format_codec(spec.k, None), format_codec(spec.v, None)
+        params, shaping = layer_params(scales, layer_idx, spec), layer_shaping(scales, layer_idx, spec)
+        return format_codec(spec.k, params[0], shaping[0]), format_codec(spec.v, params[1], shaping[1])
 
     return of_layer
 

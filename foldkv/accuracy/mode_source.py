@@ -38,6 +38,8 @@ class ModeSource(CacheSource):
         used = (specs.default, *specs.layers.values())
         self.quantised = any(_is_quantised(spec) for spec in used)
         self.searches = any(spec.k.searches_range or spec.k.steers_rounding or spec.v.searches_range for spec in used)
+        known = scales is not None and any(gram is not None for grams in scales.grams for gram in grams)
+        self.shapes = known and any(spec.k.shapes_rounding or spec.v.shapes_rounding for spec in used)
 
     @contextmanager
     def open(self, model: PreTrainedModel) -> Iterator[NewCache]:

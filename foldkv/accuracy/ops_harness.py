@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from calib.derive import layer_params
+from calib.derive import layer_params, layer_shaping
 from quant import ops
 from quant.pages import LayerPages
 from quant.plan import CHUNK_SIZE, Capacity, Plan
@@ -40,8 +40,10 @@ class Step:
         self.yardstick = torch.float16 if integer and dtype == torch.float32 else dtype
         self.block_table = self.table.to(device)
         self.pages = LayerPages.empty(spec, self.count * per_seq, shape.page_size, shape.h_kv, shape.d, device)
-        for part, params in zip((self.pages.k, self.pages.v), layer_params(data.scales, data.layer, spec), strict=True):
-            part.set_params(params.to(device))
+        given = layer_params(data.scales, data.layer, spec), layer_shaping(data.scales, data.layer, spec)
+        for part, params, shaping in zip((self.pages.k, self.pages.v), *given, strict=True):
+            part.set_params(params)
+            part.set_shaping(shaping)
         h_q = shape.h_kv * shape.group
         capacity = Capacity.for_device(
             device, max_batch=self.count, max_q_tokens=MAX_NEW, max_seq_len=tokens, total_tokens=self.count * tokens,

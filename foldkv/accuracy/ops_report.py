@@ -142,7 +142,7 @@ def _run_case(
 
 def _through(part: PagedTensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """fp64 `[n, tokens, h, d]` that a cache of this format gives back for rows of `dtype`."""
-    codec = format_codec(part.fmt, part.params)
+    codec = format_codec(part.fmt, part.params, part.shaping)
     return codec(x.to(dtype).transpose(1, 2)).transpose(1, 2).double()
 
 
@@ -229,7 +229,7 @@ def wrong_bytes(step: Step) -> int:
 def _reference_pages(step: Step) -> LayerPages:
     """Pages as the step's, written by the reference with every token of every sequence."""
     k, v = (
-        PagedTensor(part.fmt, torch.zeros_like(part.codes), torch.zeros_like(part.meta), part.params)
+        PagedTensor(part.fmt, torch.zeros_like(part.codes), torch.zeros_like(part.meta), *part.constants)
         for part in (step.pages.k, step.pages.v)
     )
     pages = LayerPages(k, v, step.pages.page_size, step.pages.head_dim)

@@ -20,12 +20,14 @@ class CacheSource(ABC):
     """Something that gives a model empty caches; one run of the report is one source fed one way.
 
     name: the key in the report. quantised: its logits must differ from the base's. searches: its rows choose among grids, so
-    that a rounding may tip a whole row (`verdict.reference_checks`). kernels: it runs on foldkv's ops, which are then
+    that a rounding may tip a whole row; shapes: so may it where codes are chosen one after another
+    (`verdict.reference_checks`). kernels: it runs on foldkv's ops, which are then
     counted. fed: the way by which it is fed where one is enough.
     """
 
     quantised = True
     searches = False
+    shapes = False
     kernels = False
     fed = "prefill"
 

@@ -58,6 +58,9 @@ REFERENCE_SHARE = 0.25
 """A mode's KLD from its reference may be this share of the reference's own from the base ..."""
 REFERENCE_SHARE_SEARCHED = 0.5
 """... this one where rows are searched: a rounding that tips the choice of a grid changes the row's whole error ..."""
+REFERENCE_SHARE_SHAPED = 2.0
+"""... and this one where rounding is shaped: a rounding that turns one choice turns those that follow, so rows err anew from
+the second layer on (six layers: 0.45 to 0.71; errors that have nothing in common, which deep models may reach, are at 2) ..."""
 REFERENCE_NOISE = 10.0
 """... and this many times what rounding does to the base, measured the same way, besides ..."""
 REFERENCE_FLIPS = 4.0
@@ -65,6 +68,9 @@ REFERENCE_FLIPS = 4.0
 probability e / s, which adds 12 e / s of the quantisation's own variance s^2 / 12, where e^2 is the rounding's."""
 REFERENCE_LEAST = 1e-7
 """... and this much, nats, in any case."""
+REFERENCE_RATIO = 2.0
+"""How many times more or less than its reference a shaped mode may lie from the base: a cache that quantises nothing, which
+`REFERENCE_SHARE_SHAPED` lets pass, is at 0."""
 SAME_SHARE = 0.5
 """Share of positions with logits equal to the last bit beyond which a quantised cache cannot have been used."""
 
@@ -181,18 +187,23 @@ def exercised_checks(name: str, runs: Mapping[str, Mapping[str, TokenScores]]) -
     return checks
 
 
-def reference_checks(name: str, found: Mapping[str, CrossCheck], searches: bool = False) -> list[Check]:
+def reference_checks(
+    name: str, found: Mapping[str, CrossCheck], searches: bool = False, shapes: bool = False
+) -> list[Check]:
     """A mode's logits must be near those of the reference for the same formats and scales, each way.
 
-    searches: the source's formats search a range for each row.
+    searches, shapes: as the source has them.
     """
     checks = []
-    share = REFERENCE_SHARE_SEARCHED if searches else REFERENCE_SHARE
+    share = REFERENCE_SHARE_SHAPED if shapes else REFERENCE_SHARE_SEARCHED if searches else REFERENCE_SHARE
     for way, one in found.items():
         flips = REFERENCE_FLIPS * math.sqrt(one.own_kld * one.noise)
         bar = share * one.own_kld + REFERENCE_NOISE * one.noise + flips + REFERENCE_LEAST
         ok = one.kld <= bar
         text = f"{name}, {way}: KLD {_number(one.kld)} from what the reference gives for the same formats, at most {bar:.2g}"
+        if shapes and one.ratio is not None:
+            ok = ok and 1 / REFERENCE_RATIO <= one.ratio <= REFERENCE_RATIO
+            text += f", and {_number(one.ratio)} times its KLD from the base, {1 / REFERENCE_RATIO:g} to {REFERENCE_RATIO:g}"
         fault = ": the cache is not read as it should, or not this mode's"
         checks.append(Check(f"reference_{way}", ok, text + ("" if ok else fault), name))
     return checks

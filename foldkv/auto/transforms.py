@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from calib.derive import tensor_params
+from calib.derive import tensor_params, tensor_shaping
 from quant.errors import ArgumentError, describe
 from quant.reference import dequantize, quantize
 from quant.scales import KVScales, TensorStats
@@ -71,17 +71,22 @@ def parse_transforms(text: str) -> list[str] | None:
 
 
 def error(stats: TensorStats, fmt: Format, tensor: str) -> float:
-    """What a dynamic format leaves of the sampled tokens: squared error by channel, weighted by `TensorStats.weight`.
+    """What a dynamic format leaves of the sampled tokens: squared error under `TensorStats.gram`, heads by their weight.
 
-    An error of K that all tokens share is left out, as softmax does not see it.
+    Without a Gram matrix by channel, under `TensorStats.weight`. An error of K that all tokens share is left out, as softmax
+    does not see it.
     """
     assert stats.sample is not None
     params = tensor_params(stats, fmt)
-    codes, scale, zero = quantize(stats.sample, fmt, params)
+    codes, scale, zero = quantize(stats.sample, fmt, params, tensor_shaping(stats, fmt))
     left = dequantize(codes, fmt, params, scale, zero, dtype=torch.float32) - stats.sample
     if tensor == "k":
         left = left - left.mean(0)
-    return float((left.double().square().mean(0) * stats.weight.double()).sum())
+    if stats.gram is None:
+        return float((left.double().square().mean(0) * stats.weight.double()).sum())
+    cost = torch.einsum("thd,hde,the->h", left, stats.gram, left).double() / len(left)
+    share = stats.gram.diagonal(dim1=1, dim2=2).double().sum(-1).clamp(min=1e-30)
+    return float((cost * stats.weight.double().sum(-1) / share).sum())
 
 
 def screen(scales: KVScales, sizes: Sequence[TensorSize]) -> dict[TensorSize, Screened]:

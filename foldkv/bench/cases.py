@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from calib.derive import tensor_params
+from calib.derive import tensor_params, tensor_shaping
 from quant import ops
 from quant.errors import ArgumentError, describe
+from quant.gram import normalised
 from quant.pages import LayerPages, PagedTensor
 from quant.plan import Capacity, Plan
 from quant.scales import PERCENTILES, TensorStats
@@ -52,8 +53,10 @@ def _calibrate(paged: PagedTensor, x: Tensor) -> None:
     stats = TensorStats(
         min=low, max=high, mean=x.mean(0), var=x.var(0), weight=ones, tokens=len(x),
         percentiles=torch.quantile(x[:4096], torch.tensor(PERCENTILES) / 100, dim=0),
+        gram=normalised(torch.einsum("thd,the->hde", x, x)),
     )  # fmt: skip
     paged.set_params(tensor_params(stats, paged.fmt))
+    paged.set_shaping(tensor_shaping(stats, paged.fmt))
 
 
 @dataclass

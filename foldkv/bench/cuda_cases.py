@@ -90,7 +90,7 @@ def copies_for(step_bytes: float, device: torch.device) -> int:
 
 
 def fill_random(paged: PagedTensor, *, is_k: bool) -> None:
-    """Random codes, scale data and parameters of sensible size, made where the pool is; K is steered as a calibrated one."""
+    """Random codes, scale data and parameters of sensible size, made where the pool is; they steer and shape as calibrated."""
     fmt, element = paged.fmt, paged.fmt.element
     if element.is_integer:
         paged.codes.random_(0, 256)
@@ -113,6 +113,11 @@ def fill_random(paged: PagedTensor, *, is_k: bool) -> None:
     if fmt.balance:
         params[BALANCE].uniform_(0.9, 1.1)
     paged.set_params(params)
+    if paged.shaping is not None:
+        parts = torch.randn(paged.shaping.shape, device=params.device)
+        cost = parts.mT @ parts / params.shape[-1]
+        cost = (cost + cost.mT) / cost.amax((1, 2), keepdim=True) * 63
+        paged.set_shaping(cost.round().to(torch.int8))
 
 
 class PagedCase:

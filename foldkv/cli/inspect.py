@@ -40,7 +40,9 @@ def inspect(
             raise UsageError(describe("--layer", f"one of {known}", str(layer)))
     if json:
         found = [asdict(head) for head in heads]
-        emit_json({"config": scales.config, "bits_per_element": bits_per_mode(scales), "heads": found})
+        shaped = {name: [gram is not None for gram in grams] for name, grams in zip("kv", scales.grams, strict=True)}
+        sizes = bits_per_mode(scales)
+        emit_json({"config": scales.config, "bits_per_element": sizes, "shaped": shaped, "heads": found})
         return
     _show_origin(scales)
     if scales.plan is not None and layer is None:
@@ -109,12 +111,20 @@ def _show_origin(scales: KVScales) -> None:
         "data": f"{data.get('source')}, {data.get('num_samples')} x {data.get('max_seq_len')} tokens, "
         f"positions to {data.get('max_position')}, seed {data.get('seed')}, hash {str(data.get('sha256'))[:12]}",
         "versions": ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items()),
+        "shaped": _shaped(scales),
         "date": config.get("date"),
     }
     for name, value in facts.items():
         _line(f"[bold]{name:<10}[/]{escape(str(value))}")
     for line in drift_lines(data.get("drift", {})):
         _line(escape(line))
+
+
+def _shaped(scales: KVScales) -> str:
+    """Whose dynamic rows have their codes chosen together: tensors with a Gram matrix."""
+    counts = [sum(stats is not None for stats in found) for found in scales.grams]
+    named = [f"{tensor} in {count} layers" for tensor, count in zip("KV", counts, strict=True) if count]
+    return "dynamic rows of " + ", of ".join(named) if named else "no rows: there are no Gram matrices"
 
 
 def _line(text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quant.errors import ArgumentError, PoolExhaustedError, describe
-from quant.layout import meta_page_bytes, page_bytes
+from quant.layout import meta_page_bytes, page_bytes, shaping_bytes
 from quant.pages import NUM_PARAM_ROWS
 from quant.spec import LayerSpecs
 
@@ -81,7 +81,7 @@ def pool_size(
         spec = specs[idx]
         for fmt in (spec.k, spec.v):
             one += h_kv * (page_bytes(fmt, head_dim, page_size) + meta_page_bytes(fmt, page_size))
-            fixed += NUM_PARAM_ROWS * 4 * h_kv * head_dim
+            fixed += NUM_PARAM_ROWS * 4 * h_kv * head_dim + shaping_bytes(fmt, h_kv, head_dim)
     if num_pages is None:
         num_pages = ((memory or 0) - fixed) // one
         if num_pages < 1:

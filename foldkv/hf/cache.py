@@ -59,7 +59,7 @@ class FoldLayer(CacheLayerMixin):
         pages = self.pages
         if params is None:
             shape = (pages.h_kv, pages.head_dim, pages.k.params.device)
-            params = (identity_params(pages.k.fmt, *shape), identity_params(pages.v.fmt, *shape))
+            params = (identity_params(pages.k.fmt, *shape), identity_params(pages.v.fmt, *shape), None, None)
         self.state.paged.set_params(self._index, *params)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

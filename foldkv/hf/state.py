@@ -15,7 +15,8 @@ from quant.pages import LayerPages
 from quant.plan import Capacity, Plan
 from quant.spec import LayerSpecs
 
-LayerParams = tuple[Tensor, Tensor] | None
+LayerParams = tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None
+"""Params of K and of V, and what their rows are shaped by, as `PagedKVCache.set_params` takes them."""
 
 
 @dataclass

@@ -133,7 +133,7 @@ class KVSwap:
 
     @property
     def params(self) -> list[LayerParams]:
-        """K and V params of each layer, fp32 `[5, h_kv, d]`, or None for a layer without scales."""
+        """What `PagedKVCache.set_params` takes for each layer, or None for a layer without scales."""
         return self._params
 
     @property
@@ -267,11 +267,12 @@ class KVSwap:
                 fix = "run foldkv.calibrate(model), or take a mode without them (c8d, c4r)"
                 raise ArgumentError(describe(f"scales of mode {specs.name!r}", "KVScales", "none", fix))
             return [None] * self.num_layers
-        from calib.derive import layer_params
+        from calib.derive import layer_params, layer_shaping
 
         self._check_scales(scales)
         return [
-            None if layer is None else layer_params(scales, idx, specs[idx]) for idx, layer in enumerate(scales.layers)
+            None if layer is None else (*layer_params(scales, idx, specs[idx]), *layer_shaping(scales, idx, specs[idx]))
+            for idx, layer in enumerate(scales.layers)
         ]
 
     def _check_scales(self, scales: KVScales) -> None:

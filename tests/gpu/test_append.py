@@ -11,6 +11,7 @@ from ops_helpers import (
     FORMATS,
     SPECS,
     Source,
+    calibrated,
     check_idempotent,
     odd_rows,
     params_for,
@@ -47,8 +48,7 @@ def rows(tokens: int, h_kv: int, d: int, dtype: torch.dtype = torch.float32) -> 
 def make(spec: KVSpec, k: Tensor, v: Tensor, page_size: int = 16, num_pages: int = 4) -> tuple[LayerPages, LayerPages]:
     """A poisoned cache on the device with params fitted to the rows, and its twin on the CPU."""
     want = poisoned(LayerPages.empty(spec, num_pages, page_size, *k.shape[1:]))
-    want.k.set_params(params_for(spec.k, k))
-    want.v.set_params(params_for(spec.v, v))
+    calibrated(want, params_for(spec.k, k), params_for(spec.v, v))
     return twin(want, DEVICE), want
 
 
