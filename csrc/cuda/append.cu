@@ -279,10 +279,10 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
         if (shaped) {
           const bool chosen = valid && active && (searched || !side.range.searches);
           uint32_t error[2];
-          const float step = row_errors(side.range, found, x, chosen, code, error);
-          float pull[V];
+          const int step = row_errors(side.range, found, x, chosen, code, error);
+          int pull[V];
           pull_rows<G>(shared, p.d, error, pull);
-          shape_row<G>(shared, p.d, step, static_cast<uint32_t>(side.range.top), chosen, pull, code);
+          shape_row<G>(shared, p.d, step, (1u << side.bits) - 1, chosen, pull, code);
         }
         if (side.range.searches) {
           const ScaleZero by_codes = search_scale<V, G>(found, code);

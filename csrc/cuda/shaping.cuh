@@ -29,10 +29,10 @@ struct ShapeLayout {
   static constexpr int kTiles = kChannels / 16 / kWarps;  // of channels, in a warp
   // Strides that spread eight rows over all banks.
   static constexpr int kErrorBytes = kChannels + 16;
-  static constexpr int kPullFloats = kChannels + 4;
+  static constexpr int kPullInts = kChannels + 4;
   FOLDKV_HD static constexpr int matrix_row(int d) { return d % 32 == 0 ? d + 16 : d; }
   FOLDKV_HD static constexpr int shared_bytes(int d) {
-    return d * matrix_row(d) + kRows * (kErrorBytes + kPullFloats * static_cast<int>(sizeof(float)));
+    return d * matrix_row(d) + kRows * (kErrorBytes + kPullInts * static_cast<int>(sizeof(int)));
   }
 };
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void pack_bytes(const float (&x)[8], uint32_t (&words
 // The errors of a row's codes as bytes, and how many of their units a code's step has. `chosen`: the row is one to shape, and
 // the lane has channels of it; others have no errors.
 template <int V>
-__device__ __forceinline__ float row_errors(const CodeRange& range, const Searched<V>& found, const float (&place)[V],
+__device__ __forceinline__ int row_errors(const CodeRange& range, const Searched<V>& found, const float (&place)[V],
                                             bool chosen, const uint32_t (&code)[V], uint32_t (&error)[2]) {
   float unit[V], step = kShapeUnits;
   if (range.searches) {
@@ -77,7 +77,7 @@ __device__ __forceinline__ float row_errors(const CodeRange& range, const Search
   }
   pack_bytes(unit, error);
   if (!chosen) error[0] = error[1] = 0;
-  return step;
+  return static_cast<int>(step);
 }
 
 // Ask for the matrix of a head; `matrix` is 16-byte aligned.
@@ -94,12 +94,12 @@ __device__ __forceinline__ void fetch_matrix(uint8_t* shared, const int8_t* matr
 
 // Q e of the block's rows. errors: of this lane's channels, as bytes. The whole block calls it.
 template <int G>
-__device__ __forceinline__ void pull_rows(uint8_t* shared, int d, const uint32_t (&errors)[2], float (&pull)[8]) {
+__device__ __forceinline__ void pull_rows(uint8_t* shared, int d, const uint32_t (&errors)[2], int (&pull)[8]) {
   using Layout = ShapeLayout<G>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = threadIdx.x / G, c0 = threadIdx.x % G * 8;
   const int matrix_row = Layout::matrix_row(d);
   uint8_t* const error_rows = shared + d * matrix_row;
-  float* const pulls = reinterpret_cast<float*>(error_rows + Layout::kRows * Layout::kErrorBytes);
+  int* const pulls = reinterpret_cast<int*>(error_rows + Layout::kRows * Layout::kErrorBytes);
   *reinterpret_cast<uint2*>(error_rows + row * Layout::kErrorBytes + c0) = make_uint2(errors[0], errors[1]);
   copy_wait<0>();
   __syncthreads();
@@ -127,16 +127,16 @@ __device__ __forceinline__ void pull_rows(uint8_t* shared, int d, const uint32_t
     if (channel >= d) break;
 #pragma unroll
     for (int n = 0; n < Layout::kRowTiles; ++n) {
-      float* const to = pulls + (n * 8 + lane % 4 * 2) * Layout::kPullFloats + channel;
-      to[0] = __int2float_rn(sum[m][n][0]);
-      to[Layout::kPullFloats] = __int2float_rn(sum[m][n][1]);
-      to[8] = __int2float_rn(sum[m][n][2]);
-      to[Layout::kPullFloats + 8] = __int2float_rn(sum[m][n][3]);
+      int* const to = pulls + (n * 8 + lane % 4 * 2) * Layout::kPullInts + channel;
+      to[0] = sum[m][n][0];
+      to[Layout::kPullInts] = sum[m][n][1];
+      to[8] = sum[m][n][2];
+      to[Layout::kPullInts + 8] = sum[m][n][3];
     }
   }
   __syncthreads();
-  const float4* const from = reinterpret_cast<const float4*>(pulls + row * Layout::kPullFloats + c0);
-  const float4 low = from[0], high = from[1];
+  const int4* const from = reinterpret_cast<const int4*>(pulls + row * Layout::kPullInts + c0);
+  const int4 low = from[0], high = from[1];
   pull[0] = low.x, pull[1] = low.y, pull[2] = low.z, pull[3] = low.w;
   pull[4] = high.x, pull[5] = high.y, pull[6] = high.z, pull[7] = high.w;
 }
@@ -161,62 +161,71 @@ __device__ __forceinline__ int row_least(int x, bool& going) {
   }
 }
 
-__device__ __forceinline__ float signed_byte(uint32_t word, int i) {
-  return static_cast<float>(static_cast<int8_t>(word >> (8 * i)));
-}
-
-// Flips codes, each with 2^23 in its bits, while e' Q e falls, e in units of which a code's step has `step`. pull: Q e.
-// All numbers are whole: pulls lie within 2^20, 8 times a change and its channel in the lane within 2^24. Changes compare as
-// (change * 512 + channel) * 2 + direction, within 2^31.
+// Flips codes, each with 2^23 in its bits, while e' Q e falls, e in units of which a code's step has `step`. pull: Q e, which
+// is spent. The diagonal of Q is not negative, so a move against the pull never pays, and a code has the cheaper of both moves
+// without being asked where its pull goes.
+//
+// In a lane moves compare as (change * 8 + channel in the lane) * 2 + whether the code rises, within 2^25; in a row as
+// (change * 512 + channel) * 2 + that, within 2^31.
 template <int G>
-__device__ __forceinline__ void shape_row(const uint8_t* shared, int d, float step, uint32_t top, bool chosen,
-                                          float (&pull)[8], uint32_t (&code)[8]) {
+__device__ __forceinline__ void shape_row(const uint8_t* shared, int d, int step, uint32_t top, bool chosen, int (&pull)[8],
+                                          uint32_t (&code)[8]) {
+  constexpr int kNever = 1 << 30, kPull = 2 * 16;  // a pull's part of a change, as moves compare in a lane
   const int matrix_row = ShapeLayout<G>::matrix_row(d), c0 = threadIdx.x % G * 8;
-  float keep[8];  // 8 times the part of a change that is the flip's own, and the channel, negated
-  uint32_t packed[2] = {}, lowest = 0, highest = 0;  // codes; channels of code 0, and of the top one
+  const uint8_t* const own = shared + (chosen ? c0 * (matrix_row + 1) : 0);
+  const uint8_t* const columns = shared + c0;
+  int rise[8], fall[8];  // a move's own part of the change
+  uint32_t packed[2] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int c = chosen ? c0 + i : 0;
-    const float own = static_cast<float>(static_cast<int8_t>(shared[c * matrix_row + c]));
-    keep[i] = __fmaf_rn(own, step * -8.0f, -static_cast<float>(i));
+    const int keep = static_cast<int8_t>(own[i * (matrix_row + 1)]) * (16 * step) + 2 * i;
     const uint32_t mine = code[i] & 255;
+    rise[i] = chosen && mine != top ? keep + 1 : kNever;
+    fall[i] = chosen && mine != 0 ? keep : kNever;
     packed[i / 4] |= mine << (8 * i % 32);
-    if (mine == 0 || !chosen) lowest |= 1u << i;
-    if (mine == top || !chosen) highest |= 1u << i;
+    pull[i] *= chosen ? kPull : 0;
   }
 #pragma unroll 1
   for (int flip = 0; flip < kShapeFlips; ++flip) {
-    uint32_t up = 0;
-#pragma unroll
-    for (int i = 7; i >= 0; --i) up = __funnelshift_l(__float_as_uint(pull[i]), up, 1);
-    const uint32_t stuck = (up & highest) | (~up & lowest);
-    float most = 0.0f;
+    int least = 0, other = 0;  // two chains, as each step waits for the one before
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float fall = __fmaf_rn(fabsf(pull[i]), 16.0f, keep[i]);
-      if ((stuck >> i & 1) == 0) most = fmaxf(most, fall);
+      least = __viaddmin_s32(rise[i], pull[i], least);
+      other = __viaddmin_s32(fall[i], -pull[i], other);
     }
-    const int fall = __float2int_rn(most), i = -fall & 7;
-    const int rank = fall * -128 - i * 126 + 2 * c0 + static_cast<int>(up >> i & 1);
+    least = min(least, other);
     bool going;
-    const int best = row_least<G>(rank, going);
+    const int best = row_least<G>(least * 64 - (least & 15) * 63 + 2 * c0, going);
     if (!going) break;
     const int channel = best >> 1 & 511, at = channel - c0;
-    const bool rises = (best & 1) != 0;
-    if (best < 0 && at >= 0 && at < 8) {
+    const int sign = best < 0 ? (best & 1) * 2 - 1 : 0;
+    const uint2 row = *reinterpret_cast<const uint2*>(columns + channel * matrix_row);
+    if (sign != 0 && at >= 0 && at < 8) {
       const int shift = at % 4 * 8;
-      const uint32_t word = (at < 4 ? packed[0] : packed[1]) + ((rises ? 1u : ~0u) << shift), now = word >> shift & 255;
+      const uint32_t word = (at < 4 ? packed[0] : packed[1]) + (static_cast<uint32_t>(sign) << shift);
+      const uint32_t now = word >> shift & 255, before = now - sign;
       (at < 4 ? packed[0] : packed[1]) = word;
-      lowest = lowest & ~(1u << at) | (now == 0 ? 1u << at : 0);
-      highest = highest & ~(1u << at) | (now == top ? 1u << at : 0);
-    }
-    const float moved = best < 0 ? (rises ? step : -step) : 0.0f;
-    const uint2 row = *reinterpret_cast<const uint2*>(shared + channel * matrix_row + c0);
+      if (now == 0 || now == top || before == 0 || before == top) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) pull[i] = __fmaf_rn(signed_byte(i < 4 ? row.x : row.y, i % 4), moved, pull[i]);
+        for (int i = 0; i < 8; ++i) {
+          const int keep = sign > 0 ? rise[i] - 1 : fall[i];
+          if (at == i) rise[i] = now == top ? kNever : keep + 1;
+          if (at == i) fall[i] = now == 0 ? kNever : keep;
+        }
+      }
+    }
+    const int moved = sign * step * kPull, low = moved & 0xffff, high = moved << 16;
+    pull[0] = __dp2a_lo(low, static_cast<int>(row.x), pull[0]);
+    pull[1] = __dp2a_lo(high, static_cast<int>(row.x), pull[1]);
+    pull[2] = __dp2a_hi(low, static_cast<int>(row.x), pull[2]);
+    pull[3] = __dp2a_hi(high, static_cast<int>(row.x), pull[3]);
+    pull[4] = __dp2a_lo(low, static_cast<int>(row.y), pull[4]);
+    pull[5] = __dp2a_lo(high, static_cast<int>(row.y), pull[5]);
+    pull[6] = __dp2a_hi(low, static_cast<int>(row.y), pull[6]);
+    pull[7] = __dp2a_hi(high, static_cast<int>(row.y), pull[7]);
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) code[i] = __float_as_uint(0x1p23f) | (packed[i / 4] >> (8 * i % 32) & 255);
+  for (int i = 0; i < 8; ++i) code[i] = __byte_perm(packed[i / 4], 0x4b000000, 0x7440 + i % 4);
 }
 
 }  // namespace foldkv::cuda
