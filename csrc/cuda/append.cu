@@ -21,8 +21,12 @@ namespace {
 
 template <int G, bool Shapes>
 constexpr int kWarps = Shapes ? ShapeLayout<G>::kWarps : 4;
-constexpr int kMaxPasses = 4;  // row blocks that a block works through where there are many
-constexpr int64_t kManyBlocks = 4096;  // what keeps any GPU full for some rounds
+// Row blocks that a block works through where there are many, and what is many: blocks that keep any GPU full for some rounds.
+// Where a matrix of more than 128 channels is fetched first, one round.
+template <int G, bool Shapes>
+constexpr int kMaxPasses = Shapes && G == 32 ? 8 : 4;
+template <int G, bool Shapes>
+constexpr int64_t kManyBlocks = Shapes && G == 32 ? 256 : 4096;
 
 // K or V of a launch.
 struct Side {
@@ -136,7 +140,7 @@ __device__ __forceinline__ void rotate(float (&x)[V], int block, int lane, float
 
 // Blocks that share a multiprocessor.
 template <int V, int G, bool Steers, bool Shapes>
-constexpr int kBlocks = Shapes ? (G == 32 ? 2 : Steers ? 4 : 5) : V == 8 ? (Steers ? 5 : 8) : (Steers ? 3 : 4);
+constexpr int kBlocks = Shapes ? (G == 32 ? 2 : Steers ? 4 : 6) : V == 8 ? (Steers ? 5 : 8) : (Steers ? 3 : 4);
 
 // Block (x, y): head x / 2, K or V by x % 2; tokens of kBlockRows rows at a time.
 // Steers: a side is static and of kSteerBits. Shapes: a side has a matrix to shape its rows by.
@@ -281,8 +285,10 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
           uint32_t error[2];
           const int step = row_errors(side.range, found, x, chosen, code, error);
           int pull[V];
-          pull_rows<G>(shared, p.d, error, pull);
+          const uint32_t aside = pull_rows<G>(shared, p.d, error, pull);
+          put_aside(aside, found.unit);
           shape_row<G>(shared, p.d, step, (1u << side.bits) - 1, chosen, pull, code);
+          take_back(aside, found.unit);
         }
         if (side.range.searches) {
           const ScaleZero by_codes = search_scale<V, G>(found, code);
@@ -325,8 +331,8 @@ int launch_kernel(const Device& device, const Launch& p, cudaStream_t stream) {
   constexpr int kThreads = kWarps<G, Shapes> * 32;
   constexpr int64_t kBlockRows = kThreads / G;
   const int64_t row_blocks = (p.num_tokens + kBlockRows - 1) / kBlockRows;
-  int64_t passes = row_blocks * 2 * p.h_kv / kManyBlocks;
-  passes = passes < 1 ? 1 : passes > kMaxPasses ? kMaxPasses : passes;
+  int64_t passes = row_blocks * 2 * p.h_kv / kManyBlocks<G, Shapes>;
+  passes = passes < 1 ? 1 : passes > kMaxPasses<G, Shapes> ? kMaxPasses<G, Shapes> : passes;
   const int64_t y = (row_blocks + passes - 1) / passes;
   const dim3 grid(2u * p.h_kv, static_cast<unsigned>(y < 65535 ? y : 65535));
   const int shared = Shapes ? ShapeLayout<G>::shared_bytes(p.d) : 0;

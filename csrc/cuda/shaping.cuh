@@ -38,10 +38,10 @@ struct ShapeLayout {
 
 // c[16x8] += a[16x32] b[32x8] of signed bytes. Lane (g = l / 4, t = l % 4): a = rows g, g+8, g, g+8 of columns 4t (first two),
 // 4t+16 (last two), four columns a register; b = column g, rows 4t and 4t+16; c as of ptx.cuh.
-__device__ __forceinline__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Whole numbers within a signed byte, as bytes.
@@ -83,18 +83,20 @@ __device__ __forceinline__ int row_errors(const CodeRange& range, const Searched
 // Ask for the matrix of a head; `matrix` is 16-byte aligned.
 template <int G>
 __device__ __forceinline__ void fetch_matrix(uint8_t* shared, const int8_t* matrix, int d) {
-  const uint32_t to = shared_address(shared);
-  const int units = d / 16, row = ShapeLayout<G>::matrix_row(d);
-  for (int c = threadIdx.x / G; c < d; c += ShapeLayout<G>::kRows) {
-    const int unit = threadIdx.x % G;
-    if (unit < units) copy_async(to + c * row + unit * 16, matrix + c * d + unit * 16);
+  constexpr int kUnits = ShapeLayout<G>::kChannels / 16;  // of 16 bytes in a row of kChannels
+  const int unit = threadIdx.x % kUnits, row = ShapeLayout<G>::matrix_row(d);
+  const uint32_t to = shared_address(shared) + unit * 16;
+#pragma unroll 1
+  for (int c = threadIdx.x / kUnits; c < d; c += ShapeLayout<G>::kWarps * 32 / kUnits) {
+    if (unit < d / 16) copy_async(to + c * row, matrix + c * d + unit * 16);
   }
   copy_commit();
 }
 
-// Q e of the block's rows. errors: of this lane's channels, as bytes. The whole block calls it.
+// Q e of the block's rows. errors: of this lane's channels, as bytes. The whole block calls it. Returns where the lane has 32
+// bytes of its own, until the next call.
 template <int G>
-__device__ __forceinline__ void pull_rows(uint8_t* shared, int d, const uint32_t (&errors)[2], int (&pull)[8]) {
+__device__ __forceinline__ uint32_t pull_rows(uint8_t* shared, int d, const uint32_t (&errors)[2], int (&pull)[8]) {
   using Layout = ShapeLayout<G>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = threadIdx.x / G, c0 = threadIdx.x % G * 8;
   const int matrix_row = Layout::matrix_row(d);
@@ -103,35 +105,32 @@ __device__ __forceinline__ void pull_rows(uint8_t* shared, int d, const uint32_t
   *reinterpret_cast<uint2*>(error_rows + row * Layout::kErrorBytes + c0) = make_uint2(errors[0], errors[1]);
   copy_wait<0>();
   __syncthreads();
-  int sum[Layout::kTiles][Layout::kRowTiles][4] = {};
-  const uint32_t matrix_at = shared_address(shared) + (warp * 16 + lane % 16) * matrix_row + lane / 16 * 16;
-  const uint32_t error_at = shared_address(error_rows) + lane % 8 * Layout::kErrorBytes + lane / 8 % 2 * 16;
-#pragma unroll
-  for (int k = 0; k < Layout::kChannels; k += 32) {
-    if (k >= d) break;
-    uint32_t b[Layout::kRowTiles][2];
-#pragma unroll
-    for (int n = 0; n < Layout::kRowTiles; ++n) load_tiles(b[n], error_at + n * 8 * Layout::kErrorBytes + k);
-#pragma unroll
-    for (int m = 0; m < Layout::kTiles; ++m) {
-      if ((m * Layout::kWarps + warp) * 16 >= d) break;
-      uint32_t a[4];
-      load_tiles(a, matrix_at + m * Layout::kWarps * 16 * matrix_row + k);
-#pragma unroll
-      for (int n = 0; n < Layout::kRowTiles; ++n) multiply_bytes(sum[m][n], a, b[n]);
-    }
-  }
+  // Columns of the matrix past d are whatever follows the row, and meet errors of 0.
+  const uint32_t error_at = shared_address(error_rows) + lane % 8 * Layout::kErrorBytes + lane / 8 * 16;
 #pragma unroll
   for (int m = 0; m < Layout::kTiles; ++m) {
-    const int channel = (m * Layout::kWarps + warp) * 16 + lane / 4;
-    if (channel >= d) break;
+    const int first = (m * Layout::kWarps + warp) * 16;
+    if (first >= d) break;
+    int sum[Layout::kRowTiles][4] = {};
+    const uint32_t matrix_at = shared_address(shared) + (first + lane % 16) * matrix_row + lane / 16 * 16;
+#pragma unroll
+    for (int k = 0; k < Layout::kChannels; k += 64) {
+      uint32_t matrix[2][4];
+      load_tiles(matrix[0], matrix_at + k);
+      load_tiles(matrix[1], matrix_at + k + 32);
+#pragma unroll
+      for (int n = 0; n < Layout::kRowTiles; ++n) {
+        uint32_t error[4];
+        load_tiles(error, error_at + n * 8 * Layout::kErrorBytes + k);
+        multiply_bytes(sum[n], matrix[0], error[0], error[1]);
+        multiply_bytes(sum[n], matrix[1], error[2], error[3]);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < Layout::kRowTiles; ++n) {
-      int* const to = pulls + (n * 8 + lane % 4 * 2) * Layout::kPullInts + channel;
-      to[0] = sum[m][n][0];
-      to[Layout::kPullInts] = sum[m][n][1];
-      to[8] = sum[m][n][2];
-      to[Layout::kPullInts + 8] = sum[m][n][3];
+      int* const to = pulls + (n * 8 + lane % 4 * 2) * Layout::kPullInts + first + lane / 4;
+      to[0] = sum[n][0], to[Layout::kPullInts] = sum[n][1];
+      to[8] = sum[n][2], to[Layout::kPullInts + 8] = sum[n][3];
     }
   }
   __syncthreads();
@@ -139,6 +138,22 @@ __device__ __forceinline__ void pull_rows(uint8_t* shared, int d, const uint32_t
   const int4 low = from[0], high = from[1];
   pull[0] = low.x, pull[1] = low.y, pull[2] = low.z, pull[3] = low.w;
   pull[4] = high.x, pull[5] = high.y, pull[6] = high.z, pull[7] = high.w;
+  return shared_address(from);
+}
+
+// To the lane's own bytes and back, as registers are scarce while codes are flipped.
+__device__ __forceinline__ void put_aside(uint32_t at, const float (&x)[8]) {
+  const auto bits = [](float y) { return __float_as_uint(y); };
+  store_shared(at, bits(x[0]), bits(x[1]), bits(x[2]), bits(x[3]));
+  store_shared(at + 16, bits(x[4]), bits(x[5]), bits(x[6]), bits(x[7]));
+}
+
+__device__ __forceinline__ void take_back(uint32_t at, float (&x)[8]) {
+  const uint4 low = load_shared(at), high = load_shared(at + 16);
+  x[0] = __uint_as_float(low.x), x[1] = __uint_as_float(low.y);
+  x[2] = __uint_as_float(low.z), x[3] = __uint_as_float(low.w);
+  x[4] = __uint_as_float(high.x), x[5] = __uint_as_float(high.y);
+  x[6] = __uint_as_float(high.z), x[7] = __uint_as_float(high.w);
 }
 
 // The least of a row, at most 0; `going`: whether that of any row of the warp is below 0.
@@ -173,7 +188,7 @@ __device__ __forceinline__ void shape_row(const uint8_t* shared, int d, int step
   constexpr int kNever = 1 << 30, kPull = 2 * 16;  // a pull's part of a change, as moves compare in a lane
   const int matrix_row = ShapeLayout<G>::matrix_row(d), c0 = threadIdx.x % G * 8;
   const uint8_t* const own = shared + (chosen ? c0 * (matrix_row + 1) : 0);
-  const uint8_t* const columns = shared + c0;
+  const uint8_t* const columns = shared + (chosen ? c0 : 0);
   int rise[8], fall[8];  // a move's own part of the change
   uint32_t packed[2] = {};
 #pragma unroll
