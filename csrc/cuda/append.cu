@@ -140,7 +140,11 @@ __device__ __forceinline__ void rotate(float (&x)[V], int block, int lane, float
 
 // Blocks that share a multiprocessor.
 template <int V, int G, bool Steers, bool Shapes>
-constexpr int kBlocks = Shapes ? (G == 32 ? 2 : Steers ? 4 : 6) : V == 8 ? (Steers ? 5 : 8) : (Steers ? 3 : 4);
+constexpr int kBlocks = Shapes   ? (G == 32  ? 2
+                                    : Steers ? 4
+                                             : 6)
+                        : V == 8 ? (Steers ? 5 : 8)
+                                 : (Steers ? 3 : 4);
 
 // Block (x, y): head x / 2, K or V by x % 2; tokens of kBlockRows rows at a time.
 // Steers: a side is static and of kSteerBits. Shapes: a side has a matrix to shape its rows by.
@@ -157,6 +161,13 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
   const DType dtype = side.rows.dtype;
   const int c0 = lane % G * V;
   const bool active = c0 < p.d, ropes = is_k && p.cos != nullptr;
+
+  const int8_t* matrix = nullptr;
+  bool shaped = false;
+  if (Shapes && side.cache.shaping != nullptr) {
+    matrix = side.cache.shaping + int64_t{head} * p.d * p.d;
+    shaped = __ldg(matrix) != 0;
+  }
 
   // Static formats: zero and scale. Dynamic ones: mean and balance, which are often 0 and 1 and then are left out. Read
   // anew for each row, from the first cache, as registers are worth more.
@@ -204,12 +215,7 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
   };
   fetch();
   uint8_t* const shared = shaping_shared();
-  bool shaped = false;
-  if (Shapes && side.cache.shaping != nullptr) {
-    const int8_t* const matrix = side.cache.shaping + int64_t{head} * p.d * p.d;
-    fetch_matrix<G>(shared, matrix, p.d);
-    shaped = __ldg(matrix) != 0;
-  }
+  if (shaped) fetch_matrix<G>(shared, matrix, p.d);
   // Where rows are shaped the warps of a block go on together.
   while (token - (Shapes ? threadIdx.x : lane) / G < num_tokens) {
     float x[V];
@@ -308,7 +314,6 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
     if (!valid || !active) continue;
     store_row(format.codec, side.cache.codes + place * row_bytes(side.bits, p.d) + c0 * side.bits / 8, x, code);
   }
-  if (Shapes) copy_wait<0>();  // no block ends with a copy on its way
 }
 
 Side side_of(const Rows& rows, Cache cache) {

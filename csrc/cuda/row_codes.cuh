@@ -157,7 +157,7 @@ template <int V>
 struct Searched {
   float unit[V];
   float low, width;
-  bool plain;   // the grid with the greater step
+  bool plain;  // the grid with the greater step
   float start;  // of the grid
 };
 
@@ -170,7 +170,7 @@ __device__ __forceinline__ Searched<V> search_row(const float (&x)[V], float low
   static_assert(kSearchGrids == 4 && G >= 4);
   const float width = __fsub_rn(high, low), inverse = __fdiv_rn(kSearchUnits, width);
   Searched<V> row{{}, low, width};
-  float(&unit)[V] = row.unit;
+  float (&unit)[V] = row.unit;
   float error[kSearchGrids] = {};
 #pragma unroll
   for (int i = 0; i < V; ++i) {

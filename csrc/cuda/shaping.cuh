@@ -59,7 +59,7 @@ __device__ __forceinline__ void pack_bytes(const float (&x)[8], uint32_t (&words
 // the lane has channels of it; others have no errors.
 template <int V>
 __device__ __forceinline__ int row_errors(const CodeRange& range, const Searched<V>& found, const float (&place)[V],
-                                            bool chosen, const uint32_t (&code)[V], uint32_t (&error)[2]) {
+                                          bool chosen, const uint32_t (&code)[V], uint32_t (&error)[2]) {
   float unit[V], step = kShapeUnits;
   if (range.searches) {
     step = found.plain ? search_grid(0).step : search_grid(1).step;
@@ -183,8 +183,8 @@ __device__ __forceinline__ int row_least(int x, bool& going) {
 // In a lane moves compare as (change * 8 + channel in the lane) * 2 + whether the code rises, within 2^25; in a row as
 // (change * 512 + channel) * 2 + that, within 2^31.
 template <int G>
-__device__ __forceinline__ void shape_row(const uint8_t* shared, int d, int step, uint32_t top, bool chosen, int (&pull)[8],
-                                          uint32_t (&code)[8]) {
+__device__ __forceinline__ void shape_row(const uint8_t* shared, int d, int step, uint32_t top, bool chosen,
+                                          int (&pull)[8], uint32_t (&code)[8]) {
   constexpr int kNever = 1 << 30, kPull = 2 * 16;  // a pull's part of a change, as moves compare in a lane
   const int matrix_row = ShapeLayout<G>::matrix_row(d), c0 = threadIdx.x % G * 8;
   const uint8_t* const own = shared + (chosen ? c0 * (matrix_row + 1) : 0);
