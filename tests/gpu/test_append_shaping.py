@@ -153,6 +153,16 @@ def test_beside_a_side_that_is_not_shaped(name: str, d: int) -> None:
     assert same_bytes(mine, want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_leave_the_ends_and_come_back(kind: str) -> None:
+    """Few channels, all of them near the least or the greatest: in many rows some code goes to and fro."""
+    fmt = Format("int4", "token", symmetric=False)
+    mine, want = make(KVSpec(fmt, fmt), 3, 16, kind)
+    k, v = (x.sign() * (1 + 0.08 * torch.rand_like(x)) for x in (rows(390, 3, 16), rows(390, 3, 16)))
+    append_both(mine, want, k, v, torch.randperm(400)[:390])
+    assert same_bytes(mine, want)
+
+
 @pytest.mark.parametrize("mode", ["c4r", "c8d"])
 def test_odd_rows_are_shaped_or_not_as_on_the_cpu(mode: str) -> None:
     """One sign, one value, tiny, huge, not finite."""
