@@ -13,14 +13,20 @@
 #include "cuda/row_codes.cuh"
 #include "cuda/row_store.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/shaping.cuh"
 #include "cuda/steering.cuh"
 
 namespace foldkv::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kMaxPasses = 4;  // row blocks that a block works through where there are many
-constexpr int64_t kManyBlocks = 4096;  // what keeps any GPU full for some rounds
+template <int G, bool Shapes>
+constexpr int kWarps = Shapes ? ShapeLayout<G>::kWarps : 4;
+// Row blocks that a block works through where there are many, and what is many: blocks that keep any GPU full for some rounds.
+// Where a matrix of more than 128 channels is fetched first, one round.
+template <int G, bool Shapes>
+constexpr int kMaxPasses = Shapes && G == 32 ? 8 : 4;
+template <int G, bool Shapes>
+constexpr int64_t kManyBlocks = Shapes && G == 32 ? 256 : 4096;
 
 // K or V of a launch.
 struct Side {
@@ -132,14 +138,22 @@ __device__ __forceinline__ void rotate(float (&x)[V], int block, int lane, float
   for (int i = 0; i < V; ++i) x[i] = __fmul_rn(x[i], norm);
 }
 
-// Block (x, y): head x / 2, K or V by x % 2; tokens of kWarps * 32 / G rows at a time.
-// Steers: a side is static and of kSteerBits.
-template <int V, int G, bool Steers>
-__global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Steers ? 3 : 4))
+// Blocks that share a multiprocessor.
+template <int V, int G, bool Steers, bool Shapes>
+constexpr int kBlocks = Shapes   ? (G == 32  ? 2
+                                    : Steers ? 4
+                                             : 6)
+                        : V == 8 ? (Steers ? 5 : 8)
+                                 : (Steers ? 3 : 4);
+
+// Block (x, y): head x / 2, K or V by x % 2; tokens of kBlockRows rows at a time.
+// Steers: a side is static and of kSteerBits. Shapes: a side has a matrix to shape its rows by.
+template <int V, int G, bool Steers, bool Shapes>
+__global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, Shapes>)
     append_kernel(const __grid_constant__ Launch p) {
   wait_for_previous();
   let_next_begin();
-  constexpr unsigned kRows = 32 / G;
+  constexpr unsigned kBlockRows = kWarps<G, Shapes> * 32 / G;
   const int lane = threadIdx.x % 32, head = blockIdx.x / 2;
   const bool is_k = blockIdx.x % 2 == 0;
   const Side& side = p.side[blockIdx.x % 2];
@@ -147,6 +161,13 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Stee
   const DType dtype = side.rows.dtype;
   const int c0 = lane % G * V;
   const bool active = c0 < p.d, ropes = is_k && p.cos != nullptr;
+
+  const int8_t* matrix = nullptr;
+  bool shaped = false;
+  if (Shapes && side.cache.shaping != nullptr) {
+    matrix = side.cache.shaping + int64_t{head} * p.d * p.d;
+    shaped = __ldg(matrix) != 0;
+  }
 
   // Static formats: zero and scale. Dynamic ones: mean and balance, which are often 0 and 1 and then are left out. Read
   // anew for each row, from the first cache, as registers are worth more.
@@ -178,8 +199,8 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Stee
   }
 
   // Rows are read one round ahead; a row without a valid slot is read and then dropped, so that no load waits for another.
-  const unsigned num_tokens = p.num_tokens, stride = gridDim.y * (kWarps * kRows);
-  unsigned token = (blockIdx.y * kWarps + threadIdx.x / 32) * kRows + lane / G;
+  const unsigned num_tokens = p.num_tokens, stride = gridDim.y * kBlockRows;
+  unsigned token = blockIdx.y * kBlockRows + threadIdx.x / G;
   uint32_t raw[V] = {};
   int64_t slot = -1, position = 0;
   const auto fetch = [&] {
@@ -193,7 +214,10 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Stee
     }
   };
   fetch();
-  while (token - lane / G < num_tokens) {
+  uint8_t* const shared = shaping_shared();
+  if (shaped) fetch_matrix<G>(shared, matrix, p.d);
+  // Where rows are shaped the warps of a block go on together.
+  while (token - (Shapes ? threadIdx.x : lane) / G < num_tokens) {
     float x[V];
     widen_elements(raw, dtype, x);
     bool valid = slot >= 0 && slot < p.num_slots;
@@ -206,7 +230,7 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Stee
     const int64_t place = ((slot >> p.page_shift) * p.h_kv + head << p.page_shift) + (slot & ((1 << p.page_shift) - 1));
     token += stride;
     fetch();
-    if (!any) continue;
+    if (!any && !shaped) continue;
     float magnitude = 0.0f;
 #pragma unroll
     for (int i = 0; i < V; ++i) magnitude = max_or_nan(magnitude, fabsf(x[i]));
@@ -253,9 +277,30 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Stee
       for (int i = 1; i < V; ++i) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
       if (!active) low = INFINITY, high = -INFINITY;
       row_range<G>(low, high);
+      const bool searched = is_searched(side.range, low, high);
       ScaleZero row;
-      if (side.range.searches) row = search_row<V, G>(x, low, high, active, code);
-      if (!is_searched(side.range, low, high)) row = row_codes(side.range, low, high, x, code);
+      Searched<V> found;
+      if (side.range.searches) {
+        found = search_row<V, G>(x, low, high, active, code);
+        if (!Shapes) row = search_scale<V, G>(found, code);
+      }
+      if (!searched) row = row_codes(side.range, low, high, x, code);
+      if constexpr (Shapes) {
+        if (shaped) {
+          const bool chosen = valid && active && (searched || !side.range.searches);
+          uint32_t error[2];
+          const int step = row_errors(side.range, found, x, chosen, code, error);
+          int pull[V];
+          const uint32_t aside = pull_rows<G>(shared, p.d, error, pull);
+          put_aside(aside, found.unit);
+          shape_row<G>(shared, p.d, step, (1u << side.bits) - 1, chosen, pull, code);
+          take_back(aside, found.unit);
+        }
+        if (side.range.searches) {
+          const ScaleZero by_codes = search_scale<V, G>(found, code);
+          if (searched) row = by_codes;
+        }
+      }
       if (valid && lane % G == 0) {
         const uint32_t scale = __float_as_uint(row.scale) >> 16;
         const uint32_t zero = __half_as_ushort(__float2half_rn(row.zero));
@@ -271,7 +316,7 @@ __global__ void __launch_bounds__(kWarps * 32, V == 8 ? (Steers ? 5 : 8) : (Stee
   }
 }
 
-Side side_of(const Rows& rows, const Cache& cache) {
+Side side_of(const Rows& rows, Cache cache) {
   const int64_t size = rows.dtype == DType::Float32 ? 4 : 2;
   const bool vectors = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.token_stride * size % 16 == 0 &&
                        rows.head_stride * size % 16 == 0;
@@ -280,26 +325,47 @@ Side side_of(const Rows& rows, const Cache& cache) {
   const float top = integer ? static_cast<float>((1 << codec.bits) - 1) : 1.0f;
   const float steps = cache.format.stored_zero || !integer ? top : static_cast<float>((1 << (codec.bits - 1)) - 1);
   const bool searches = cache.format.dynamic && cache.format.stored_zero && codec.bits == kSearchBits;
+  // Formats whose rows are shaped, quant.spec.Format.shapes_rounding.
+  if (!searches && !(cache.format.dynamic && integer && codec.bits == 8)) cache.shaping = nullptr;
   return {rows, cache, codec.bits, integer, {cache.format.stored_zero, searches, top, steps, 1.0f / steps}, vectors};
+}
+
+template <int V, int G, bool Steers, bool Shapes>
+int launch_kernel(const Device& device, const Launch& p, cudaStream_t stream) {
+  constexpr auto kKernel = append_kernel<V, G, Steers, Shapes>;
+  constexpr int kThreads = kWarps<G, Shapes> * 32;
+  constexpr int64_t kBlockRows = kThreads / G;
+  const int64_t row_blocks = (p.num_tokens + kBlockRows - 1) / kBlockRows;
+  int64_t passes = row_blocks * 2 * p.h_kv / kManyBlocks<G, Shapes>;
+  passes = passes < 1 ? 1 : passes > kMaxPasses<G, Shapes> ? kMaxPasses<G, Shapes> : passes;
+  const int64_t y = (row_blocks + passes - 1) / passes;
+  const dim3 grid(2u * p.h_kv, static_cast<unsigned>(y < 65535 ? y : 65535));
+  const int shared = Shapes ? ShapeLayout<G>::shared_bytes(p.d) : 0;
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_overlapping<kKernel>(device, grid, kThreads, shared, stream, p);
 }
 
 template <int V, int G>
 int launch(const Device& device, Launch& p, cudaStream_t stream) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   p.whole_lanes = p.rot_half % (p.interleaved ? V / 2 : V) == 0 && aligned(p.cos) && aligned(p.sin);
-  constexpr int64_t kBlockRows = kWarps * 32 / G;
-  const int64_t row_blocks = (p.num_tokens + kBlockRows - 1) / kBlockRows;
-  int64_t passes = row_blocks * 2 * p.h_kv / kManyBlocks;
-  passes = passes < 1 ? 1 : passes > kMaxPasses ? kMaxPasses : passes;
-  const int64_t y = (row_blocks + passes - 1) / passes;
-  const dim3 grid(2u * p.h_kv, static_cast<unsigned>(y < 65535 ? y : 65535));
-  const auto steers = [](const Side& side) {
-    return side.integer && !side.cache.format.dynamic && side.bits == kSteerBits;
-  };
-  if (steers(p.side[0]) || steers(p.side[1])) {
-    return launch_overlapping<append_kernel<V, G, true>>(device, grid, kWarps * 32, 0, stream, p);
+  bool steers = false, shapes = false;
+  for (const Side& side : p.side) {
+    steers = steers || (side.integer && !side.cache.format.dynamic && side.bits == kSteerBits);
+    shapes = shapes || side.cache.shaping != nullptr;
+    if (!aligned(side.cache.shaping)) return cudaErrorMisalignedAddress;
   }
-  return launch_overlapping<append_kernel<V, G, false>>(device, grid, kWarps * 32, 0, stream, p);
+  if constexpr (V == 8) {
+    if (shapes && steers) return launch_kernel<V, G, true, true>(device, p, stream);
+    if (shapes) return launch_kernel<V, G, false, true>(device, p, stream);
+  } else if (shapes) {
+    return cudaErrorNotSupported;
+  }
+  if (steers) return launch_kernel<V, G, true, false>(device, p, stream);
+  return launch_kernel<V, G, false, false>(device, p, stream);
 }
 
 }  // namespace

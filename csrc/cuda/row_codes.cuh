@@ -107,8 +107,8 @@ __device__ __forceinline__ uint32_t code_bits(float quotient, float zero, float 
   return __float_as_uint(__fadd_rn(code, 0x1p23f));
 }
 
-// Scale and zero of a dynamic row by its range, and its codes; x is spent. Scales stay below 2^110, as rows are cut to
-// kMaxDynamic.
+// Scale and zero of a dynamic row by its range, and its codes; x becomes where its elements lie, in codes. Scales stay below
+// 2^110, as rows are cut to kMaxDynamic.
 template <int V>
 __device__ __forceinline__ ScaleZero row_codes(const CodeRange& range, float low, float high, float (&x)[V],
                                                uint32_t (&code)[V]) {
@@ -125,7 +125,11 @@ __device__ __forceinline__ ScaleZero row_codes(const CodeRange& range, float low
   }
   const float inverse = __frcp_rn(divisor);
 #pragma unroll
-  for (int i = 0; i < V; ++i) code[i] = code_bits(divide_short(x[i], divisor, inverse), row.zero, range.top);
+  for (int i = 0; i < V; ++i) {
+    const float quotient = divide_short(x[i], divisor, inverse);
+    code[i] = code_bits(quotient, row.zero, range.top);
+    x[i] = __fadd_rn(quotient, row.zero);
+  }
   return row;
 }
 
@@ -142,15 +146,32 @@ __device__ __forceinline__ float place_on(const SearchGrid& grid, float unit, fl
   return __fmaf_rn(__saturatef(part), 15.0f, 0x1p23f);
 }
 
+// What a lane keeps of two sums, with the other lane's part of it.
+template <class T>
+__device__ __forceinline__ T trade(T keep, T give, int step) {
+  return keep + __shfl_xor_sync(kFullWarp, give, step);
+}
+
+// A row on the grid that errs least.
+template <int V>
+struct Searched {
+  float unit[V];
+  float low, width;
+  bool plain;  // the grid with the greater step
+  float start;  // of the grid
+};
+
 // search_rows of quant/dynamic.py, for rows that is_searched; the result of others is of no use. Units and what is summed of
 // them are whole numbers: squared errors below 2^22, products below 2^22 in a lane and 2^27 in a row. So sums are exact in any
 // order. Lanes share the grids out among themselves: 12 exchanges for 16 lanes.
 template <int V, int G>
-__device__ __forceinline__ ScaleZero search_row(const float (&x)[V], float low, float high, bool active,
-                                                uint32_t (&code)[V]) {
+__device__ __forceinline__ Searched<V> search_row(const float (&x)[V], float low, float high, bool active,
+                                                  uint32_t (&code)[V]) {
   static_assert(kSearchGrids == 4 && G >= 4);
   const float width = __fsub_rn(high, low), inverse = __fdiv_rn(kSearchUnits, width);
-  float unit[V], error[kSearchGrids] = {};
+  Searched<V> row{{}, low, width};
+  float (&unit)[V] = row.unit;
+  float error[kSearchGrids] = {};
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     unit[i] = round_small(__fmul_rn(__fsub_rn(x[i], low), inverse));
@@ -165,7 +186,6 @@ __device__ __forceinline__ ScaleZero search_row(const float (&x)[V], float low, 
     }
   }
   const bool first = threadIdx.x & 1, second = threadIdx.x & 2;
-  const auto trade = [](auto keep, auto give, int step) { return keep + __shfl_xor_sync(kFullWarp, give, step); };
 #pragma unroll
   for (int j = 0; j < kSearchGrids; ++j) error[j] = active ? error[j] : 0.0f;
 #pragma unroll
@@ -181,18 +201,32 @@ __device__ __forceinline__ ScaleZero search_row(const float (&x)[V], float low, 
   const int best = static_cast<int>(__float_as_uint(__fadd_rn(least, 0x1p23f)) & 3);
 
   const SearchGrid grid = search_grid(best);
-  const float step_inverse = best == 0 ? 1.0f / 32.0f : 1.0f / 30.0f;
-  const float origin = __fmul_rn(__fsub_rn(0.0f, low), inverse), whole_origin = round_small(origin);
-  const float factor = best == 0 ? 1.0f / 480.0f : 1.0f / 450.0f, start = __fsub_rn(grid.start, whole_origin);
+  const float factor = best == 0 ? 1.0f / 480.0f : 1.0f / 450.0f;
   const float shift = __fmul_rn(__fsub_rn(0.25f, grid.start), factor);  // a quarter unit sends halves up
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    code[i] = __float_as_uint(__fmaf_rn(__saturatef(__fmaf_rn(unit[i], factor, shift)), 15.0f, 0x1p23f));
+  }
+  row.plain = best == 0;
+  row.start = grid.start;
+  return row;
+}
+
+// Scale and zero of a searched row, by its codes.
+template <int V, int G>
+__device__ __forceinline__ ScaleZero search_scale(const Searched<V>& row, const uint32_t (&code)[V]) {
+  const bool first = threadIdx.x & 1;
+  const float inverse = __fdiv_rn(kSearchUnits, row.width);
+  const float step_units = row.plain ? search_grid(0).step : search_grid(1).step;
+  const float origin = __fmul_rn(__fsub_rn(0.0f, row.low), inverse), whole_origin = round_small(origin);
+  const float start = __fsub_rn(row.start, whole_origin);
   float square = 0.0f, product = 0.0f;  // lanes past the row have the unit of 0, the origin
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const float place = __fmaf_rn(__saturatef(__fmaf_rn(unit[i], factor, shift)), 15.0f, 0x1p23f);
-    code[i] = __float_as_uint(place);
-    const float truth = __fsub_rn(unit[i], whole_origin);
+    const float place = __fsub_rn(__uint_as_float(code[i]), 0x1p23f);
+    const float truth = __fsub_rn(row.unit[i], whole_origin);
     square = __fmaf_rn(truth, truth, square);
-    product = __fmaf_rn(truth, __fmaf_rn(__fsub_rn(place, 0x1p23f), grid.step, start), product);
+    product = __fmaf_rn(truth, __fmaf_rn(place, step_units, start), product);
   }
   const int whole_square = __float2int_rn(square), whole_product = __float2int_rn(product);
   int sum = trade(first ? whole_product : whole_square, first ? whole_square : whole_product, 1);
@@ -200,9 +234,9 @@ __device__ __forceinline__ ScaleZero search_row(const float (&x)[V], float low, 
   for (int step = 2; step < G; step *= 2) sum = trade(sum, sum, step);
   const int other = __shfl_xor_sync(kFullWarp, sum, 1);
   const float gain = __fdiv_rn(__int2float_rn(first ? other : sum), __int2float_rn(first ? sum : other));
-  const float step = __fmul_rn(width, best == 0 ? 32.0f / kSearchUnits : 30.0f / kSearchUnits);
+  const float step = __fmul_rn(row.width, row.plain ? 32.0f / kSearchUnits : 30.0f / kSearchUnits);
   const float scale = __fmul_rn(step, fminf(fmaxf(gain, kMinGain), kMaxGain));
-  const float zero = divide_short(__fsub_rn(origin, grid.start), grid.step, step_inverse);
+  const float zero = divide_short(__fsub_rn(origin, row.start), step_units, row.plain ? 1.0f / 32.0f : 1.0f / 30.0f);
   return {__bfloat162float(__float2bfloat16_rn(scale)), __half2float(__float2half_rn(zero))};
 }
 
