@@ -10,13 +10,17 @@ namespace foldkv::cuda {
 
 template <class K, class V, int D, int kMaxRows>
 cudaError_t launch_attend(const Device& device, const AttendParams& p, int num_blocks, cudaStream_t stream) {
-  constexpr int kBytes = Shape<K, V, D, kMaxRows>::kSharedBytes;
+  using S = Shape<K, V, D, kMaxRows>;
+  // The grid gives a multiprocessor kBlocksPerSm blocks. Launched while others are still there, a fifth would join four where
+  // there is room, and elsewhere three be left. One of sm_90 and newer has 228 KB, of which each block takes 1 KB more.
+  constexpr int kFill = S::kBlocksPerSm == kBlocksPerSm ? (228 << 10) / (kBlocksPerSm + 1) : 0;
+  const int bytes = device.major < 9 || S::kSharedBytes > kFill ? S::kSharedBytes : kFill;
   constexpr auto kKernel = attend_kernel<K, V, D, kMaxRows>;
-  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   TileMaps maps{};
   if (const cudaError_t failed = tile_maps(device, p, maps); failed != cudaSuccess) return failed;
-  return launch_overlapping<kKernel>(device, num_blocks, kThreads, kBytes, stream, p, maps);
+  return launch_overlapping<kKernel>(device, num_blocks, kThreads, bytes, stream, p, maps);
 }
 
 // `rows`: query rows that sequences have on average; each kernel serves any number, and with the same bits. So where a
