@@ -60,7 +60,7 @@ REFERENCE_SHARE_SEARCHED = 0.5
 """... this one where rows are searched: a rounding that tips the choice of a grid changes the row's whole error ..."""
 REFERENCE_SHARE_SHAPED = 2.0
 """... and this one where rounding is shaped: a rounding that turns one choice turns those that follow, so rows err anew from
-the second layer on (six layers: 0.45 to 0.71; errors that have nothing in common, which deep models may reach, are at 2) ..."""
+the second layer on (six layers: 0.37 to 0.71; errors that have nothing in common, which deep models may reach, are at 2) ..."""
 REFERENCE_NOISE = 10.0
 """... and this many times what rounding does to the base, measured the same way, besides ..."""
 REFERENCE_FLIPS = 4.0
