@@ -12,6 +12,7 @@
 #include "cuda/overlap.cuh"
 #include "cuda/row_codes.cuh"
 #include "cuda/row_store.cuh"
+#include "cuda/row_turns.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/shaping.cuh"
 #include "cuda/steering.cuh"
@@ -42,101 +43,12 @@ struct Launch {
   Side side[2];
   const int64_t* slots;
   const int64_t* positions;
-  const float *cos, *sin;  // K only; null: no RoPE
+  Rope rope;  // K only
   int64_t* nonfinite;
   int64_t num_slots, max_pos;
-  int num_tokens, h_kv, d, page_shift, rot_half;
-  bool interleaved;
-  bool whole_lanes;  // a lane's channels turn alike, and their cos and sin are 16-byte aligned
+  int num_tokens, h_kv, d, page_shift;
   float norm;  // of the rotation: 1 / sqrt(block)
 };
-
-template <int N>
-__device__ __forceinline__ void load_floats(const float* from, float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N / 4; ++i) {
-    const float4 held = __ldg(reinterpret_cast<const float4*>(from) + i);
-    x[4 * i] = held.x, x[4 * i + 1] = held.y, x[4 * i + 2] = held.z, x[4 * i + 3] = held.w;
-  }
-}
-
-// x cos + other sin, the second product negated for the first of a pair.
-__device__ __forceinline__ float turn(float x, float other, float cos, float sin, bool first) {
-  const float product = __fmul_rn(other, sin);
-  return __fadd_rn(__fmul_rn(x, cos), first ? -product : product);
-}
-
-// RoPE of the channels c0 .. c0 + V - 1 of a row; `at` is where the row starts in `rows`, table its row of cos and sin.
-template <int V>
-__device__ __forceinline__ void rope(const Launch& p, const Rows& rows, int64_t at, int64_t table, int c0, int lane,
-                                     bool valid, float (&x)[V]) {
-  const int half = p.rot_half;
-  const bool turns = valid && c0 < 2 * half;
-  if (p.whole_lanes && !p.interleaved) {
-    const bool first = c0 < half;
-    const int partner = c0 >= 2 * half ? lane : first ? lane + half / V : lane - half / V;
-    const int64_t from = table + (first ? c0 : c0 - half);
-#pragma unroll
-    for (int part = 0; part < V; part += 4) {
-      float other[4], cos[4], sin[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) other[i] = __shfl_sync(kFullWarp, x[part + i], partner);
-      if (!turns) continue;
-      load_floats(p.cos + from + part, cos);
-      load_floats(p.sin + from + part, sin);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[part + i] = turn(x[part + i], other[i], cos[i], sin[i], first);
-    }
-  } else if (p.whole_lanes) {
-    if (!turns) return;
-    float cos[V / 2], sin[V / 2];
-    load_floats(p.cos + table + c0 / 2, cos);
-    load_floats(p.sin + table + c0 / 2, sin);
-#pragma unroll
-    for (int i = 0; i < V; i += 2) {
-      const float a = x[i], b = x[i + 1];
-      x[i] = turn(a, b, cos[i / 2], sin[i / 2], true);
-      x[i + 1] = turn(b, a, cos[i / 2], sin[i / 2], false);
-    }
-  } else {
-    if (!turns) return;
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const int c = c0 + i;
-      if (c >= 2 * half) break;
-      const bool first = p.interleaved ? c % 2 == 0 : c < half;
-      const int distance = p.interleaved ? 1 : half;
-      const int pair = p.interleaved ? c / 2 : first ? c : c - half;
-      const float other = load_element(rows.data, rows.dtype, at + (first ? c + distance : c - distance));
-      x[i] = turn(x[i], other, __ldg(p.cos + table + pair), __ldg(p.sin + table + pair), first);
-    }
-  }
-}
-
-// The rotation of csrc/cuda/rows.cuh with V channels in a lane and blocks that need not fill a warp.
-template <int V, int G>
-__device__ __forceinline__ void rotate(float (&x)[V], int block, int lane, float norm) {
-#pragma unroll
-  for (int step = 1; step < V; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if ((i & step) == 0) {
-        const float a = x[i], b = x[i + step];
-        x[i] = __fadd_rn(a, b);
-        x[i + step] = __fsub_rn(a, b);
-      }
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < G; step *= 2) {
-    if (step * V >= block) break;
-    const float sign = (lane & step) != 0 ? -1.0f : 1.0f;  // the product is exact, so the sum rounds once
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(kFullWarp, x[i], step));
-  }
-#pragma unroll
-  for (int i = 0; i < V; ++i) x[i] = __fmul_rn(x[i], norm);
-}
 
 // Blocks that share a multiprocessor.
 template <int V, int G, bool Steers, bool Shapes>
@@ -160,7 +72,7 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
   const Format format = side.cache.format;
   const DType dtype = side.rows.dtype;
   const int c0 = lane % G * V;
-  const bool active = c0 < p.d, ropes = is_k && p.cos != nullptr;
+  const bool active = c0 < p.d, ropes = is_k && p.rope.cos != nullptr;
 
   const int8_t* matrix = nullptr;
   bool shaped = false;
@@ -207,7 +119,7 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
     slot = -1;
     if (token >= num_tokens) return;
     slot = p.slots[token];
-    if (p.cos != nullptr) position = p.positions[token];
+    if (p.rope.cos != nullptr) position = p.positions[token];
     if (active) {
       const int64_t at = token * side.rows.token_stride + head * side.rows.head_stride + c0;
       fetch_elements(side.rows.data, dtype, at, side.vectors, raw);
@@ -221,11 +133,11 @@ __global__ void __launch_bounds__(kWarps<G, Shapes> * 32, kBlocks<V, G, Steers, 
     float x[V];
     widen_elements(raw, dtype, x);
     bool valid = slot >= 0 && slot < p.num_slots;
-    if (p.cos != nullptr) valid = valid && position >= 0 && position < p.max_pos;
+    if (p.rope.cos != nullptr) valid = valid && position >= 0 && position < p.max_pos;
     const bool any = __any_sync(kFullWarp, valid);
     if (ropes && any) {
       const int64_t at = token * side.rows.token_stride + head * side.rows.head_stride;
-      rope<V>(p, side.rows, at, position * p.rot_half, c0, lane, valid && active, x);
+      turn_row<V>(p.rope, side.rows, at, position * p.rope.half, c0, lane, valid && active, x);
     }
     const int64_t place = ((slot >> p.page_shift) * p.h_kv + head << p.page_shift) + (slot & ((1 << p.page_shift) - 1));
     token += stride;
@@ -351,7 +263,8 @@ int launch_kernel(const Device& device, const Launch& p, cudaStream_t stream) {
 template <int V, int G>
 int launch(const Device& device, Launch& p, cudaStream_t stream) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  p.whole_lanes = p.rot_half % (p.interleaved ? V / 2 : V) == 0 && aligned(p.cos) && aligned(p.sin);
+  Rope& rope = p.rope;
+  rope.whole_lanes = rope.half % (rope.interleaved ? V / 2 : V) == 0 && aligned(rope.cos) && aligned(rope.sin);
   bool steers = false, shapes = false;
   for (const Side& side : p.side) {
     steers = steers || (side.integer && !side.cache.format.dynamic && side.bits == kSteerBits);
@@ -382,8 +295,7 @@ extern "C" int foldkv_cuda_append_kv(const foldkv::AppendParams* params, void* s
   Launch launched{{side_of(p.k, p.k_cache), side_of(p.v, p.v_cache)},
                   p.slots,
                   p.positions,
-                  p.cos,
-                  p.sin,
+                  {p.cos, p.sin, p.rot_half, p.interleaved, false},
                   p.nonfinite,
                   p.num_pages * p.page_size,
                   p.max_pos,
@@ -391,9 +303,6 @@ extern "C" int foldkv_cuda_append_kv(const foldkv::AppendParams* params, void* s
                   p.h_kv,
                   p.d,
                   page_shift,
-                  p.rot_half,
-                  p.interleaved,
-                  false,
                   static_cast<float>(1.0 / std::sqrt(static_cast<double>(foldkv::hadamard_block(p.d))))};
   const auto on = static_cast<cudaStream_t>(stream);
   if (p.d <= 64) return launch<8, 8>(device, launched, on);

@@ -20,7 +20,8 @@ int foldkv_cuda_copy_pages(void* pool, int64_t num_pages, int64_t page_bytes, co
 
 // Quantises num_tokens new rows of K and V into their slots; the bytes are those of csrc/cpu/append.h. Rows whose slot is
 // negative or past the pools, or whose position has no row in cos, are skipped.
-//   Pools 16-byte aligned. The grid depends on num_tokens, h_kv and d alone, so a captured launch serves any slots.
+//   Pools and shaping matrices 16-byte aligned; matrices symmetric, their diagonals not negative. Grid and kernel depend on
+//   num_tokens, h_kv, d, the formats, and on whether there are matrices, so a captured launch serves any slots.
 int foldkv_cuda_append_kv(const foldkv::AppendParams* params, void* stream);
 
 // Writes the work list of csrc/cpu/plan.cpp. Lengths that cannot be planned give a list without items, and the reason in

@@ -156,6 +156,12 @@ __device__ __forceinline__ void take_back(uint32_t at, float (&x)[8]) {
   x[6] = __uint_as_float(high.z), x[7] = __uint_as_float(high.w);
 }
 
+__device__ __forceinline__ uint2 load_pair(uint32_t at) {
+  uint2 r;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "r"(at) : "memory");
+  return r;
+}
+
 // The least of a row, at most 0; `going`: whether that of any row of the warp is below 0.
 template <int G>
 __device__ __forceinline__ int row_least(int x, bool& going) {
@@ -186,18 +192,18 @@ template <int G>
 __device__ __forceinline__ void shape_row(const uint8_t* shared, int d, int step, uint32_t top, bool chosen,
                                           int (&pull)[8], uint32_t (&code)[8]) {
   constexpr int kNever = 1 << 30, kPull = 2 * 16;  // a pull's part of a change, as moves compare in a lane
+  constexpr uint32_t kMagic = 0x4b000000;  // the bits of 2^23
   const int matrix_row = ShapeLayout<G>::matrix_row(d), c0 = threadIdx.x % G * 8;
   const uint8_t* const own = shared + (chosen ? c0 * (matrix_row + 1) : 0);
-  const uint8_t* const columns = shared + (chosen ? c0 : 0);
+  const uint32_t columns = opaque(shared_address(shared) + (chosen ? c0 : 0));  // kept, as it is dear to have anew
   int rise[8], fall[8];  // a move's own part of the change
   uint32_t packed[2] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int keep = static_cast<int8_t>(own[i * (matrix_row + 1)]) * (16 * step) + 2 * i;
-    const uint32_t mine = code[i] & 255;
-    rise[i] = chosen && mine != top ? keep + 1 : kNever;
-    fall[i] = chosen && mine != 0 ? keep : kNever;
-    packed[i / 4] |= mine << (8 * i % 32);
+    const int keep = static_cast<int8_t>(own[i * (matrix_row + 1)]) * (16 * step) + (chosen ? 2 * i : kNever);
+    rise[i] = code[i] != kMagic + top ? keep + 1 : kNever;
+    fall[i] = code[i] != kMagic ? keep : kNever;
+    packed[i / 4] |= (code[i] & 255) << (8 * i % 32);
     pull[i] *= chosen ? kPull : 0;
   }
 #pragma unroll 1
@@ -212,23 +218,24 @@ __device__ __forceinline__ void shape_row(const uint8_t* shared, int d, int step
     bool going;
     const int best = row_least<G>(least * 64 - (least & 15) * 63 + 2 * c0, going);
     if (!going) break;
-    const int channel = best >> 1 & 511, at = channel - c0;
-    const int sign = best < 0 ? (best & 1) * 2 - 1 : 0;
-    const uint2 row = *reinterpret_cast<const uint2*>(columns + channel * matrix_row);
-    if (sign != 0 && at >= 0 && at < 8) {
-      const int shift = at % 4 * 8;
-      const uint32_t word = (at < 4 ? packed[0] : packed[1]) + (static_cast<uint32_t>(sign) << shift);
-      const uint32_t now = word >> shift & 255, before = now - sign;
-      (at < 4 ? packed[0] : packed[1]) = word;
-      if (now == 0 || now == top || before == 0 || before == top) {
+    const int twice = best & 1022, at = twice - 2 * c0;  // of the channel, and of where it is in the lane
+    const uint2 row = load_pair(columns + twice * (matrix_row / 2));
+    const bool rises = (best & 1) != 0;
+    if (best < 0 && static_cast<unsigned>(at) < 16) {
+      const int shift = at % 8 * 4;
+      const uint32_t word = (at < 8 ? packed[0] : packed[1]) + ((rises ? 1u : ~0u) << shift);
+      (at < 8 ? packed[0] : packed[1]) = word;
+      const uint32_t now = word >> shift & 255, lower = rises ? now - 1 : now;  // the lower of the code's two places
+      if (lower - 1 >= top - 2) {  // either is an end
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const int keep = sign > 0 ? rise[i] - 1 : fall[i];
-          if (at == i) rise[i] = now == top ? kNever : keep + 1;
-          if (at == i) fall[i] = now == 0 ? kNever : keep;
+          const int keep = rises ? rise[i] - 1 : fall[i];
+          if (at == 2 * i) rise[i] = now == top ? kNever : keep + 1;
+          if (at == 2 * i) fall[i] = now == 0 ? kNever : keep;
         }
       }
     }
+    const int sign = (best * 2 & 2) - 1 & best >> 31;  // 0 for a row that is done
     const int moved = sign * step * kPull, low = moved & 0xffff, high = moved << 16;
     pull[0] = __dp2a_lo(low, static_cast<int>(row.x), pull[0]);
     pull[1] = __dp2a_lo(high, static_cast<int>(row.x), pull[1]);
@@ -240,7 +247,7 @@ __device__ __forceinline__ void shape_row(const uint8_t* shared, int d, int step
     pull[7] = __dp2a_hi(high, static_cast<int>(row.y), pull[7]);
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) code[i] = __byte_perm(packed[i / 4], 0x4b000000, 0x7440 + i % 4);
+  for (int i = 0; i < 8; ++i) code[i] = __byte_perm(packed[i / 4], kMagic, 0x7440 + i % 4);
 }
 
 }  // namespace foldkv::cuda
