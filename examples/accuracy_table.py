@@ -27,7 +27,7 @@ from foldkv.accuracy.stamp import machine, software
 from foldkv.auto.candidates import Choice, TensorSize, mode_text
 from foldkv.auto.search import Budget, frontier, within, without_chance
 from foldkv.hf import load_model
-from quant.scales import KVScales
+from quant.scales import KVScales, LayerStats
 from quant.spec import MODES, Format, KVSpec, LayerSpecs, parse_modes
 
 MODE_NAMES = ("c8d", "c8", "k8v4", "c4r", "c4", "c4s", "c8h")
@@ -35,7 +35,7 @@ CONTROL = "c4x"
 
 
 def controls() -> dict[str, KVSpec]:
-    """What must fail on hard checkpoints: each lacks one of the things that make a format hold."""
+    """What must fail on hard checkpoints: each lacks one of the things that make a format hold, and rounds plainly."""
     rotated, exact = MODES["c4r"].k, Format("fp16")
     int8, int4 = Format("int8", "token"), Format("int4", "token", symmetric=False)
     return {
@@ -45,6 +45,15 @@ def controls() -> dict[str, KVSpec]:
         "K int4 rotated, no mean": KVSpec(replace(rotated, center=False), exact),
         "K int4 rotated, no balance": KVSpec(replace(rotated, balance=False), exact),
     }
+
+
+def plainly_rounded(scales: KVScales) -> KVScales:
+    """The same scales without what codes are chosen together by, which makes up for some of what controls lack."""
+    layers = [
+        None if layer is None else LayerStats(*(replace(one, gram=None) for one in (layer.k, layer.v)))
+        for layer in scales.layers
+    ]
+    return KVScales(layers, scales.config)
 
 
 def plan_text(scales: KVScales, bits: float) -> str:
@@ -136,12 +145,17 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def _command() -> str:
+    """What this run was asked for, without where its files lie."""
+    return " ".join(["examples/accuracy_table.py", *(Path(word).name for word in sys.argv[1:])])
+
+
 def main() -> None:
     arguments = parse()
     if arguments.join:
         tables = read(arguments.join)
         if arguments.json is not None:
-            head = {**machine(torch.device(arguments.device)), **software(), "command": " ".join(sys.argv)}
+            head = {**machine(torch.device(arguments.device)), **software(), "command": _command()}
             record = head | {"checkpoints": tables}
             arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(joined(tables))
@@ -156,11 +170,14 @@ def main() -> None:
         modes |= {name: name for name in MODE_NAMES}
     if "plans" in wanted:
         modes |= {f"plan, {bits} bits": plan_text(scales, float(bits)) for bits in arguments.budgets.split(",")}
-    if "controls" in wanted:
-        modes |= {name: replace(spec, name=name) for name, spec in controls().items()}
-    named = {name: parse_modes(mode, count) for name, mode in modes.items()}
     options = {"data": arguments.data, "num_windows": arguments.windows, "window_len": arguments.window_len}
-    found = measured(model, tokenizer, named, scales, **options)
+    found: dict[str, Any] = {}
+    if modes:
+        named = {name: parse_modes(mode, count) for name, mode in modes.items()}
+        found |= measured(model, tokenizer, named, scales, **options)
+    if "controls" in wanted:
+        named = {name: parse_modes(replace(spec, name=name), count) for name, spec in controls().items()}
+        found |= measured(model, tokenizer, named, plainly_rounded(scales), **options)
     if arguments.c4_scales is not None:
         fitted = KVScales.load(arguments.c4_scales, model.config)
         c4 = measured(model, tokenizer, {"c4": parse_modes("c4", count)}, fitted, **options)["c4"]
