@@ -104,8 +104,7 @@ def ops_report(
         "cases": rows,
         "outside": outside,
         "bands": {
-            "kernel": ops_bands.KERNEL_BAND, "lse": ops_bands.LSE_BAND,
-            "lse_rotated": ops_bands.ROTATED_LSE_BAND, "sum": ops_bands.SUM_BAND,
+            "kernel": ops_bands.KERNEL_BAND, "lse": ops_bands.LSE_BAND, "sum": ops_bands.SUM_BAND,
             "steps": ops_bands.STEP_BAND,
         },
         "setup": {**machine(device), **software(), "dtype": str(dtype).removeprefix("torch."), "level": level,
