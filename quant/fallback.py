@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .codecs import codecs
 from .pages import LayerPages, PagedTensor
-from .plan import PlanLimits, reference_plan
+from .plan import PlanLimits, arrivals_at, reference_plan
 from .spec import Format
 
 
@@ -50,10 +50,10 @@ def _plan(
     seq_lens: Tensor, cu_seqlens_q: Tensor, seq_starts: Tensor | None, plan: Tensor, window_left: int, *limits: int
 ) -> None:  # fmt: skip
     starts = None if seq_starts is None else seq_starts.tolist()
-    items, merges, header = reference_plan(
-        seq_lens.tolist(), cu_seqlens_q.tolist(), starts, PlanLimits(*limits), window_left
-    )
-    for start, rows in ((0, [header]), (header[8], items), (header[3], merges)):
+    of = PlanLimits(*limits)
+    items, merges, header = reference_plan(seq_lens.tolist(), cu_seqlens_q.tolist(), starts, of, window_left)
+    arrivals = [0] * (len(merges) * of.kv_heads)
+    for start, rows in ((0, [header]), (arrivals_at(of), [arrivals]), (header[8], items), (header[3], merges)):
         numbers = torch.tensor(rows, dtype=torch.int32).flatten()
         plan[start : start + len(numbers)] = numbers.to(plan.device)
 

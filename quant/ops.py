@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .errors import ArgumentError, describe
 from .pages import LayerPages
 from .plan import Plan
 
@@ -34,7 +35,7 @@ SCHEMAS = {
     "int k_format, int v_format, int page_size) -> ()",
     "plan": "(Tensor seq_lens, Tensor cu_seqlens_q, Tensor? seq_starts, Tensor(a!) plan, int window_left, "
     "int chunk_size, int tile_q, int num_workers, int max_items, int max_tiles, int max_partials, "
-    "int max_batch, int grouped_q) -> ()",
+    "int max_batch, int grouped_q, int kv_heads) -> ()",
     "append_attention": f"({_ATTENTION}) -> ()",
     "append_attention_static_grid": f"({_ATTENTION}, int grid_workers) -> ()",
     "merge": "(Tensor o, Tensor lse, Tensor(a!) out, Tensor(b!) out_lse) -> ()",
@@ -106,6 +107,9 @@ def append_attention(
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if window_size[1] > 0:
         raise ValueError(f"window_size: expected (left, -1 or 0), as attention is causal, got {window_size}")
+    if plan.capacity.h_kv != pages.h_kv:
+        want = f"one for the pages' {pages.h_kv} kv heads"
+        raise ArgumentError(describe("plan", want, f"a Capacity of h_kv {plan.capacity.h_kv}", "plan with that h_kv"))
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     arguments = (
         q, *_tensors(pages), block_table, seq_lens, cu_seqlens_q, seq_starts, plan.buffer, plan.workspace,

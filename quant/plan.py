@@ -8,15 +8,17 @@ gives one partial; any other run writes one partial per chunk; the merge reads t
 bits, so the planner is free to choose them.
 
 A tile costs its tokens, in units of 64, and `ITEM_COST` for what comes beside them. All tiles lie in a row of cost; its
-first chunk lies where the tile begins, the others `ITEM_COST` later. Shares of the row are equal, but for a sixteenth that
-may be added so that cuts fall between tiles of the smallest cost (`make_share`). Worker w has the items that begin in the
-w-th share.
+first chunk lies where the tile begins, the others `ITEM_COST` later. Shares of the row are equal, but for a 24th that may be
+added so that cuts fall between tiles of the smallest cost, or at multiples where there is one tile (`make_share`). Worker w
+has the items that begin in the w-th share.
 
-The plan buffer is int32: a header of 12 (number of items, of merges, of partials used, index of the first merge, status,
+The plan buffer is int32: a header of 16 (number of items, of merges, of partials used, index of the first merge, status,
 cost of all tiles, chunk size, tile_q, index of the first item, num_workers, a worker's share rounded up, the most queries of
-a tile among the merges), the first item of each worker and the number of items, then items of 12 (seq, q_begin, q_count,
-chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start, seq_len, chunks of a
-group or 0), then merges of 12 (seq, q_begin, q_count, first_partial, parts, row of the first query, zeros).
+a tile among the merges, kv heads, zeros), the first item of each worker and the number of items, a zero for each merge and kv
+head (where a GPU's blocks count how many of the tile's items are done, and which they leave zero), then items of 16 (seq,
+q_begin, q_count, chunk_begin, chunk_end, first_partial or -1, folds, row of the first query in q, its position, start, seq_len,
+chunks of a group or 0, index of the merge or -1, zeros), then merges of 16 (seq, q_begin, q_count, first_partial, parts, row of
+the first query, items, zeros).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import Tensor
 from .errors import ArgumentError, describe
 from .spec import check_head_dim, check_page_size
 
-HEADER, ENTRY = 12, 12
+HEADER, ENTRY = 16, 16
 MAX_WORKERS = 1 << 20
 _STATUS = 4  # of the header; csrc/core/schedule.h has the values
 CHUNK_SIZE = 256
@@ -63,6 +65,7 @@ class PlanLimits(NamedTuple):
     max_partials: int
     max_batch: int
     grouped_q: int
+    kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,13 @@ class Capacity:
     def limits(self) -> PlanLimits:
         return PlanLimits(
             self.chunk_size, self.tile_q, self.num_workers, self.max_items, self.max_tiles, self.max_partials,
-            self.max_batch, self.grouped_q,
+            self.max_batch, self.grouped_q, self.h_kv,
         )  # fmt: skip
 
     @property
     def plan_ints(self) -> int:
         """int32 numbers of the plan buffer."""
-        return item_at(self.num_workers) + ENTRY * (self.max_items + self.max_tiles)
+        return item_at(self.limits) + ENTRY * (self.max_items + self.max_tiles)
 
     @property
     def workspace_floats(self) -> int:
@@ -167,9 +170,14 @@ class Capacity:
         return self.max_partials * self.h_q * (self.head_dim + 2) + groups
 
 
-def item_at(num_workers: int) -> int:
-    """Index of the first item in a plan buffer."""
-    return HEADER + 4 * _ceil_div(num_workers + 1, 4)
+def arrivals_at(limits: PlanLimits) -> int:
+    """Index of the first arrival count in a plan buffer."""
+    return HEADER + 4 * _ceil_div(limits.num_workers + 1, 4)
+
+
+def item_at(limits: PlanLimits) -> int:
+    """Index of the first item in a plan buffer. Every tile that is cut has a worker's border inside."""
+    return arrivals_at(limits) + 4 * _ceil_div(min(limits.max_tiles, limits.num_workers) * limits.kv_heads, 4)
 
 
 def tile_keys(seq_len: int, q_len: int, q_begin: int, q_count: int, start: int, window_left: int) -> tuple[int, int]:
@@ -182,14 +190,21 @@ def tile_keys(seq_len: int, q_len: int, q_begin: int, q_count: int, start: int, 
 
 def make_share(total: int, smallest: int, num_workers: int) -> Fraction:
     """A worker's share of all cost: equal shares, and a little more where cuts then fall on borders of the smallest tile, or
-    divide it evenly."""
+    divide it evenly; or, where it is alone, all fall on multiples of the same number of chunks."""
     chunk = CHUNK_SIZE // COST_TOKENS
     least = max(_ceil_div(total, num_workers), chunk)
     if smallest <= 0:
         return Fraction(least)
     pieces = min(smallest * num_workers // total, smallest // chunk)  # workers for each of the smallest tiles
-    even = Fraction(smallest, pieces) if pieces else Fraction(_ceil_div(least, smallest) * smallest)
-    return even if (even - least) * 16 <= least else Fraction(least)
+    cost = smallest if pieces else _ceil_div(least, smallest) * smallest
+    if pieces > 1:  # as many as there are with the most chunks that one of them has
+        chunks = _ceil_div(smallest - ITEM_COST, chunk)
+        most = _ceil_div(chunks, pieces)
+        pieces = _ceil_div(chunks, most) if most else 1
+        if total == smallest and pieces > 1:
+            cost = ITEM_COST + pieces * most * chunk
+    even = Fraction(cost, max(1, pieces))
+    return even if (even - least) * 24 <= least else Fraction(least)
 
 
 class _Tile(NamedTuple):
@@ -266,21 +281,21 @@ def reference_plan(
             partial, wanted = wanted, wanted + parts * q_count
             cuts = cuts if fits else []
         if not cuts:
-            items.append([b, q_begin, q_count, first, last, -1, 1, *where])
+            items.append([b, q_begin, q_count, first, last, -1, 1, *where, -1, 0, 0, 0])
             begins.append(tile.at)
             continue
         used = wanted
-        merges.append([b, q_begin, q_count, partial, parts, where[0], *[0] * 6])
+        merges.append([b, q_begin, q_count, partial, parts, where[0], len(cuts) + 1, *[0] * 9])
         for begin, end in zip([first, *cuts], [*cuts, last], strict=True):
             slot = partial + tile.parts(group, cuts, first, begin) * q_count
             folds = begin == first or (group > 0 and begin % group == 0)
-            items.append([b, q_begin, q_count, begin, end, slot, int(folds), *where])
+            items.append([b, q_begin, q_count, begin, end, slot, int(folds), *where, len(merges) - 1, 0, 0, 0])
             begins.append(tile.place(begin))
-    first_item = item_at(limits.num_workers)
+    first_item = item_at(limits)
     merge_at = first_item + ENTRY * limits.max_items
     header = [len(items), len(merges), used, merge_at, 0, total, limits.chunk_size, limits.tile_q]
     header += [first_item, limits.num_workers, ceil(share)]
-    header += [max((merge[2] for merge in merges), default=0)]
+    header += [max((merge[2] for merge in merges), default=0), limits.kv_heads, 0, 0, 0]
     header += [bisect_left(begins, ceil(worker * share)) for worker in range(limits.num_workers + 1)]
     return items, merges, header
 
@@ -289,8 +304,9 @@ def reference_plan(
 class Plan:
     """The work list and workspace of a step, at fixed addresses; one serves every layer with the same window.
 
-    Call `update` once a step, then pass the plan to `quant.ops.append_attention`. shared: fp32, at least
-    `capacity.workspace_floats`, the workspace of plans whose attention never runs at the same time; by default its own.
+    Call `update` once a step, then pass the plan to `quant.ops.append_attention`; on a GPU one call at a time, as its blocks
+    meet at counts in the plan. shared: fp32, at least `capacity.workspace_floats`, the workspace of plans whose attention never
+    runs at the same time; by default its own.
     """
 
     capacity: Capacity

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from ops_helpers import int32
 
-from quant.plan import ENTRY, HEADER, Capacity, Plan, item_at
+from quant.plan import ENTRY, HEADER, Capacity, Plan, arrivals_at, item_at
 
 
 class Step(NamedTuple):
@@ -39,9 +39,14 @@ def entries(plan: Plan) -> tuple[list[int], list[list[int]], list[list[int]]]:
     numbers, num_workers = plan.buffer.tolist(), plan.capacity.num_workers
     header = numbers[: HEADER + num_workers + 1]
     num_items, num_merges, _, merge_at = header[:4]
-    first = item_at(num_workers)
-    assert header[8:10] == [first, num_workers]
-    untouched = numbers[len(header) : first] + numbers[first + ENTRY * num_items : merge_at]
+    limits = plan.capacity.limits
+    arrivals, first = arrivals_at(limits), item_at(limits)
+    assert header[8:10] == [first, num_workers] and header[12:HEADER] == [limits.kv_heads, 0, 0, 0]
+    counts_end = arrivals + num_merges * limits.kv_heads
+    assert set(numbers[arrivals:counts_end]) <= {0} and counts_end <= first
+    untouched = (
+        numbers[len(header) : arrivals] + numbers[counts_end:first] + numbers[first + ENTRY * num_items : merge_at]
+    )
     assert set(untouched + numbers[merge_at + ENTRY * num_merges :]) <= {-77}
     items = [numbers[at : at + ENTRY] for at in range(first, first + ENTRY * num_items, ENTRY)]
     merges = [numbers[at : at + ENTRY] for at in range(merge_at, merge_at + ENTRY * num_merges, ENTRY)]

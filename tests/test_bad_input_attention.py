@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from ops_helpers import SPECS, Batch, Source, fails, int32, make_ragged
 from torch import Tensor
 
 from quant import backend
+from quant.errors import ArgumentError
 from quant.plan import Plan
 
 pytestmark = pytest.mark.skipif(not backend.has_kernels("cpu"), reason="the extension is not built")
@@ -75,7 +77,7 @@ BAD_ATTENDS: list[tuple[dict[str, Any] | Callable[[Batch], dict[str, Tensor]], s
     ({"cu_seqlens_q": int32(1, 2, 4)}, "cu_seqlens_q: expected 0 first and at most 4 (rows of q) last, got 1 and 4"),
     ({"cu_seqlens_q": int32(0, 4)}, "cu_seqlens_q: expected shape [3] (batch + 1), got [2]"),
     ({"seq_starts": int32(0, 0, 0)}, "seq_starts: expected shape [2] (batch), got [3]"),
-    ({"plan": torch.zeros(4).int()}, "plan: expected at least 12 numbers, got 4"),
+    ({"plan": torch.zeros(4).int()}, "plan: expected at least 16 numbers, got 4"),
     ({"plan": torch.zeros(800).int()}, "plan: expected a work list, got a buffer that holds none; call Plan.update first"),
     ({"plan": torch.full((800,), -1).int()}, "plan: expected a work list, got a buffer that holds none"),
     ({"workspace": torch.zeros(100).half()}, "workspace: expected torch.float32, got torch.float16"),
@@ -141,6 +143,20 @@ def test_a_workspace_too_small_is_an_error() -> None:
     plan.workspace = plan.workspace[: 2 * 8 * 18 + groups]
     with fails("workspace: expected room for 8 partials, got 2; use the workspace of the Plan that was updated"):
         batch.attend(plan)
+
+
+def test_a_plan_for_other_heads_is_an_error() -> None:
+    batch = make()
+    plan = batch.plan()
+    plan.buffer[12] = 3
+    with fails("plan: expected one for 2 kv heads (Capacity.h_kv), got one for 3"):
+        batch.attend(plan)
+    other = Plan(replace(batch.source.capacity(), h_kv=1))
+    other.update(batch.seq_lens, batch.cu_seqlens_q)
+    with fails(
+        "plan: expected one for the pages' 2 kv heads, got a Capacity of h_kv 1; plan with that h_kv", ArgumentError
+    ):
+        batch.attend(other)
 
 
 def test_a_plan_never_updated_is_an_error() -> None:

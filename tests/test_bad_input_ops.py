@@ -140,6 +140,7 @@ BAD_PLANS: list[tuple[dict[str, Any], str]] = [
     ({"chunk_size": 128}, "chunk_size: expected 256, got 128"),
     ({"tile_q": 0}, "plan limits: expected those of a quant.plan.Capacity, got tile_q 0"),
     ({"max_items": 3}, "plan limits: expected those of a quant.plan.Capacity, got tile_q 8"),
+    ({"kv_heads": 0}, "plan limits: expected those of a quant.plan.Capacity, got tile_q 8"),
     (
         {"cu_seqlens_q": int32(0, 1, 4000)},
         "plan: expected at most 40 query tiles of 8 tokens (Capacity.max_batch and max_q_tokens), "

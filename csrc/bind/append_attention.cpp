@@ -60,6 +60,9 @@ void check_plan(const AttendParams& p, int64_t plan_ints) {
                     item_at >= kPlanHeader && item_at + items * kPlanEntry <= merge_at &&
                     merge_at + merges * kPlanEntry <= plan_ints;
   if (!fits) fail("plan: expected a work list, got a buffer that holds none; call Plan.update first");
+  if (p.plan[kPlanHeads] != p.h_kv) {
+    fail("plan: expected one for ", p.h_kv, " kv heads (Capacity.h_kv), got one for ", p.plan[kPlanHeads]);
+  }
   if (p.plan[kNumPartials] > p.max_partials) {
     fail("workspace: expected room for ", p.plan[kNumPartials], " partials, got ", p.max_partials,
          "; use the workspace of the Plan that was updated");
@@ -108,6 +111,7 @@ AttendParams attend_params(const AttendTensors& t, double softmax_scale, int64_t
   if (p.h_q == 0 || p.h_q % p.h_kv != 0) {
     fail("q: expected a number of heads that the ", p.h_kv, " kv heads divide, got ", p.h_q);
   }
+  p.kv_heads = Divisor(p.h_kv), p.group = Divisor(p.h_q / p.h_kv);
   p.q = as_rows(t.q, "q");
   check_tensor(t.out, "out", t.q.scalar_type(), {p.num_rows, p.h_q, p.d}, "as q");
   p.out = t.out.mutable_data_ptr();

@@ -14,6 +14,17 @@ struct Rows {
   int64_t token_stride, head_stride;
 };
 
+// Division by a number known before launch, as a multiplication: right for x with x * n < 2^32.
+struct Divisor {
+  int n;
+  uint32_t inverse;  // 2^32 / n + 1
+  Divisor() = default;
+  explicit Divisor(int of) : n(of), inverse(of > 1 ? static_cast<uint32_t>((uint64_t{1} << 32) / of) + 1 : 0) {}
+  FOLDKV_HD int divide(uint32_t x) const {
+    return static_cast<int>(n == 1 ? x : static_cast<uint32_t>((uint64_t{x} * inverse) >> 32));
+  }
+};
+
 // K or V of one layer.
 struct Cache {
   uint8_t* codes;       // [num_pages, h_kv, page_size * row_bytes]
@@ -43,6 +54,7 @@ struct PlanParams {
   const int32_t* seq_starts;    // [batch], nullable
   int32_t* plan;
   int batch, window_left, tile_q, num_workers, max_items, max_tiles;
+  int kv_heads;                 // that attend by the plan
   int grouped_q;                // sequences with at most so many new tokens have their chunks in groups
   int64_t max_partials;
 };
@@ -61,9 +73,11 @@ struct AttendParams {
   const float* sinks;           // [h_q], nullable
   float softmax_scale, softcap;
   int batch, num_rows, h_q, h_kv, d, page_size, window_left;
+  Divisor kv_heads, group;      // h_kv; query heads of each
   int64_t table_stride, max_partials;
   int64_t plan_ints;            // numbers in `plan`
   uint32_t max_page;            // the last page of the pools
+  bool joins;                   // on a GPU: the last block of a tile that is cut merges it; else combine does
   int grid_workers;             // on a GPU: blocks for each kv head; 0 for as many as the device holds
 };
 

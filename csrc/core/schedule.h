@@ -12,10 +12,10 @@ constexpr int kGroupChunks = 8;
 // What a planner counts: tokens in units of kCostTokens, and kItemCost for what a tile costs beside them.
 constexpr int kCostTokens = 64, kItemCost = 4, kChunkCost = kChunkSize / kCostTokens;
 
-// The plan buffer, int32: header; first item of each worker [num_workers + 1]; items; merges. Parts start at multiples
-// of 4 numbers, so that the device reads entries 16 bytes at a time.
-constexpr int kPlanHeader = 12;
-constexpr int kPlanEntry = 12;
+// The plan buffer, int32: header; first item of each worker [num_workers + 1]; arrivals; items; merges. Parts start at
+// multiples of 4 numbers, so that the device reads entries 16 bytes at a time.
+constexpr int kPlanHeader = 16;
+constexpr int kPlanEntry = 16;
 constexpr int kMaxWorkers = 1 << 20;
 enum PlanHeaderField {
   kNumItems,
@@ -29,7 +29,8 @@ enum PlanHeaderField {
   kItemAt,
   kNumWorkers,
   kShare,
-  kMergeQueries  // the most queries of a tile among the merges
+  kMergeQueries,  // the most queries of a tile among the merges
+  kPlanHeads  // kv heads, each of which counts its arrivals
 };
 
 // kStatus of a plan that could not be made, where the planner cannot throw: no items, and outputs are NaN.
@@ -45,10 +46,14 @@ struct alignas(16) WorkItem {
   int32_t start;  // keys before it are padding; >= 0
   int32_t seq_len;
   int32_t group;  // chunks of a group, a power of 2; 0: all are one
+  int32_t merge;  // of its tile; -1 where it sees all chunks
+  int32_t unused[3];
 };
 
 struct alignas(16) MergeItem {
-  int32_t seq, q_begin, q_count, first_partial, parts, q_row, unused[6];
+  int32_t seq, q_begin, q_count, first_partial, parts, q_row;
+  int32_t items;  // of the tile
+  int32_t unused[9];
 };
 
 static_assert(sizeof(WorkItem) == kPlanEntry * 4 && sizeof(MergeItem) == kPlanEntry * 4, "plan entries");
@@ -59,8 +64,13 @@ struct ChunkSpan {
 
 FOLDKV_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Where the items start.
-FOLDKV_HD constexpr int plan_item_at(int num_workers) { return kPlanHeader + ceil_div(num_workers + 1, 4) * 4; }
+// Where the arrivals start: for each merge and kv head how many of the tile's items are done, on a GPU; 0 between launches.
+FOLDKV_HD constexpr int plan_arrivals_at(int num_workers) { return kPlanHeader + ceil_div(num_workers + 1, 4) * 4; }
+// Where the items start. Every tile that is cut has a worker's border inside.
+FOLDKV_HD constexpr int64_t plan_item_at(int num_workers, int max_tiles, int kv_heads) {
+  const int64_t merges = max_tiles < num_workers ? max_tiles : num_workers;
+  return plan_arrivals_at(num_workers) + (merges * kv_heads + 3) / 4 * 4;
+}
 
 struct KeyRange {
   int begin, end;
@@ -117,17 +127,22 @@ struct Share {
   }
 };
 
-// Equal shares of `total` for the workers; a little more, by at most a sixteenth, where cuts then fall on borders of tiles
-// of the smallest cost, or divide them evenly.
+// Equal shares of `total` for the workers; a little more, by at most a 24th, where cuts then fall on borders of tiles
+// of the smallest cost, or divide them evenly; or, of a tile that is alone, all at multiples of the same number of chunks.
 FOLDKV_HD constexpr Share make_share(int total, int smallest, int num_workers) {
   int least = ceil_div(total, num_workers);
   if (least < kChunkCost) least = kChunkCost;
   if (smallest <= 0) return {least, 1};
   int64_t pieces = int64_t{smallest} * num_workers / total;  // workers for each of the smallest tiles
   if (pieces > smallest / kChunkCost) pieces = smallest / kChunkCost;
-  const int64_t num = pieces > 0 ? smallest : int64_t{ceil_div(least, smallest)} * smallest;
+  int64_t num = pieces > 0 ? smallest : int64_t{ceil_div(least, smallest)} * smallest;
+  if (pieces > 1) {  // as many as there are with the most chunks that one of them has
+    const int64_t chunks = ceil_div(smallest - kItemCost, kChunkCost), most = (chunks + pieces - 1) / pieces;
+    pieces = most > 0 ? (chunks + most - 1) / most : 1;
+    if (total == smallest && pieces > 1) num = kItemCost + pieces * most * kChunkCost;
+  }
   const int den = pieces > 0 ? static_cast<int>(pieces) : 1;
-  return (num - int64_t{least} * den) * 16 <= int64_t{least} * den ? Share{static_cast<int>(num), den}
+  return (num - int64_t{least} * den) * 24 <= int64_t{least} * den ? Share{static_cast<int>(num), den}
                                                                    : Share{least, 1};
 }
 

@@ -47,7 +47,7 @@ inline float mid_code(const Cache& cache) { return static_cast<float>(1 << (kCod
 
 // Undo V's transform, weigh in the sink, normalise, write. `o` is used up.
 inline void write_output(const AttendParams& p, int64_t row, int head, State s, float* o) {
-  const int d = p.d, kv_head = head / (p.h_q / p.h_kv);
+  const int d = p.d, kv_head = p.group.divide(head);
   const Cache& v = p.v_cache;
   if (s.m == kEmpty) std::memset(o, 0, d * sizeof(float));
   if (is_integer(v)) {
@@ -110,7 +110,7 @@ class Block {
         v_(*isa.codecs[p.v_cache.format.codec]),
         kv_head_(kv_head),
         table_(p.block_table + item.seq * p.table_stride) {
-    const int group = p.h_q / p.h_kv;
+    const int group = p.group.n;
     const int rows = item.q_count * group - first_row;
     rows_ = query_.rows = value_.rows = rows < kRows ? rows : kRows;
     const int seq_len = p.seq_lens[item.seq], begin = p.cu_seqlens_q[item.seq];
@@ -327,12 +327,12 @@ class Block {
 };
 
 inline void attend_item(const AttendParams& p, const cpu::IsaOps& isa, const WorkItem& item, int kv_head) {
-  const int rows = item.q_count * (p.h_q / p.h_kv);
+  const int rows = item.q_count * p.group.n;
   for (int first_row = 0; first_row < rows; first_row += kRows) Block(p, isa, item, kv_head, first_row).run(item);
 }
 
 inline void merge_item(const AttendParams& p, const cpu::IsaOps&, const MergeItem& item, int kv_head) {
-  const int group = p.h_q / p.h_kv;
+  const int group = p.group.n;
   for (int i = 0; i < item.q_count; ++i) {
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       State s;

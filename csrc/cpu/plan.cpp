@@ -1,4 +1,6 @@
 // The planner on the CPU: lengths -> work list. Definition: quant/plan.py.
+#include <algorithm>
+
 #include "core/schedule.h"
 #include "cpu/kernels.h"
 
@@ -39,7 +41,8 @@ bool plan(const PlanParams& p) {
   if (tiles > p.max_tiles) return false;
 
   const Share share = make_share(static_cast<int>(cost), smallest, p.num_workers);
-  const int item_at = plan_item_at(p.num_workers), merge_at = item_at + kPlanEntry * p.max_items;
+  const int item_at = static_cast<int>(plan_item_at(p.num_workers, p.max_tiles, p.kv_heads)),
+            merge_at = item_at + kPlanEntry * p.max_items;
   int32_t* workers = p.plan + kPlanHeader;
   auto* items = reinterpret_cast<WorkItem*>(p.plan + item_at);
   auto* merges = reinterpret_cast<MergeItem*>(p.plan + merge_at);
@@ -58,8 +61,8 @@ bool plan(const PlanParams& p) {
       if (partial >= 0) {
         used = wanted;
         merge_queries = tile.q_count > merge_queries ? tile.q_count : merge_queries;
-        merges[num_merges++] = {tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial), parts, tile.q_row,
-                                {}};
+        merges[num_merges++] = {tile.seq, tile.q_begin, tile.q_count, static_cast<int32_t>(partial),
+                                parts,    tile.q_row,   t.cuts + 1,   {}};
       }
     }
     for (int i = -1; i < (partial < 0 ? 0 : t.cuts); ++i) {
@@ -79,10 +82,13 @@ bool plan(const PlanParams& p) {
                             tile.position,
                             tile.start,
                             tile.seq_len,
-                            tile.group};
+                            tile.group,
+                            partial < 0 ? -1 : num_merges - 1,
+                            {}};
     }
   });
   while (worker <= p.num_workers) workers[worker++] = num_items;
+  std::fill_n(p.plan + plan_arrivals_at(p.num_workers), num_merges * p.kv_heads, 0);
   const int32_t header[kPlanHeader] = {num_items,
                                        num_merges,
                                        static_cast<int32_t>(used),
@@ -94,7 +100,8 @@ bool plan(const PlanParams& p) {
                                        item_at,
                                        p.num_workers,
                                        static_cast<int32_t>(share.begin_of(1)),
-                                       merge_queries};
+                                       merge_queries,
+                                       p.kv_heads};
   for (int i = 0; i < kPlanHeader; ++i) p.plan[i] = header[i];
   return true;
 }

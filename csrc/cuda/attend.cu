@@ -1,5 +1,6 @@
 // foldkv::append_attention on CUDA: which kernel, how many blocks. All of it is a function of tensor shapes, formats and
 // the device; what the sequences are like is in the plan, on the device.
+#include "cuda/attend_shape.cuh"
 #include "cuda/combine.h"
 #include "cuda/device.h"
 #include "cuda/generic.h"
@@ -38,7 +39,7 @@ const Variant* find(const AttendParams& p) {
 
 extern "C" int foldkv_cuda_append_attention(const foldkv::AttendParams* params, void* stream_handle) {
   using namespace foldkv::cuda;
-  const foldkv::AttendParams& p = *params;
+  foldkv::AttendParams p = *params;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
@@ -47,10 +48,11 @@ extern "C" int foldkv_cuda_append_attention(const foldkv::AttendParams* params, 
   // Rows of a sequence, if all had the same: what a shape can tell.
   const int64_t all = static_cast<int64_t>(p.num_rows) * (p.h_q / p.h_kv), batch = p.batch > 0 ? p.batch : 1;
   const int rows = static_cast<int>((all + batch - 1) / batch);
+  p.joins = rows <= kNarrowRows;
   const int lanes = p.grid_workers > 0 ? p.grid_workers : kBlocksPerSm * device.num_sms / p.h_kv;
   const int num_blocks = (lanes > 0 ? lanes : 1) * p.h_kv;
   const cudaError_t error = variant->launch(device, p, rows, num_blocks, stream);
   if (error == cudaErrorNotSupported) return generic_attention(p, device.num_sms, stream);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || p.joins) return error;
   return combine(device, p, variant->v_integer, variant->boost, stream);
 }

@@ -4,6 +4,7 @@
 // narrow.cuh, others in wide.cuh. Each chunk starts from a fresh state and is folded or written out.
 #pragma once
 
+#include "cuda/join.cuh"
 #include "cuda/narrow.cuh"
 #include "cuda/overlap.cuh"
 #include "cuda/wide.cuh"
@@ -29,6 +30,7 @@ __device__ __forceinline__ void run_items(const AttendParams& p, Queue<S, K, V>&
         if (tiles == 4) Wide<S, K, V, D, 4>(p, queue).run();
       }
     }
+    finish_rows<S, K, V, D>(p);
   }
   Queue<S, K, V>::drain();
   __syncthreads();
@@ -50,19 +52,21 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPer
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TileMaps maps) {
   using S = Shape<K, V, D, kMaxRows>;
   const int32_t* plan = p.plan;
-  int worker = block_index() / p.h_kv;
+  int worker = p.kv_heads.divide(block_index());
+  const int kv_head = block_index() - worker * p.h_kv;
   wait_for_previous();
   let_next_begin();
   // All that can be known at once is asked for at once: each wait for memory delays a short batch as a whole. The worker's
   // entry may lie past the table, but not past the plan, which has more entries than workers.
   const int4 head = *reinterpret_cast<const int4*>(plan + kStatus),
              more = *reinterpret_cast<const int4*>(plan + kItemAt);
-  const int last_entry = plan_item_at(kMaxWorkers) - kPlanHeader - 2;
+  const int heads = plan[kPlanHeads], merges_at = plan[kMergeAt];
+  const int last_entry = plan_arrivals_at(kMaxWorkers) - kPlanHeader - 2;
   const int32_t* first = plan + kPlanHeader;
   const int known = min(min(worker, last_entry), static_cast<int>(p.plan_ints) - kPlanHeader - 2);
   int begin = first[known], end = first[known + 1];
   const int tail = p.cu_seqlens_q[p.batch];
-  if (head.x != kPlanOk) {
+  if (head.x != kPlanOk || heads != p.h_kv) {
     fill_rows<D>(p, 0, NAN, NAN);
     return;
   }
@@ -70,11 +74,12 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPer
   {
     if (worker >= more.y) end = begin;
     const auto* items = reinterpret_cast<const WorkItem*>(plan + more.x);
-    if (begin < end) Q::prefetch_rows(p, items[begin], block_index() % p.h_kv, opaque(threadIdx.x));
+    if (begin < end) Q::prefetch_rows(p, items[begin], kv_head, opaque(threadIdx.x));
     Q::begin_items(worker, items + begin, items + end);
     Current& now = Q::mutable_current();
     if (threadIdx.x == 0)
-      now.num_workers = more.y, now.items_at = more.x, now.tail = tail, S::kv_head() = block_index() % p.h_kv;
+      now.num_workers = more.y, now.items_at = more.x, now.merges_at = merges_at, now.tail = tail,
+      S::kv_head() = kv_head;
   }
   Queue<S, K, V> queue(p, maps);
 #pragma unroll 1
@@ -82,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPer
     __syncthreads();
     const Current& now = Q::current();
     if (now.item < now.item_end) run_items<S, K, V, D>(p, queue);
-    worker = now.worker + gridDim.x / p.h_kv;
+    worker = now.worker + p.kv_heads.divide(gridDim.x);
     if (worker >= now.num_workers) break;
     const auto* items = reinterpret_cast<const WorkItem*>(p.plan + now.items_at);
     const int32_t* next = p.plan + kPlanHeader + worker;

@@ -121,14 +121,17 @@ struct Shape {
   static constexpr int kQueryAt = kStages * kSlotBytes;
   static constexpr int kOutAt = kQueryAt;
   static constexpr int kWeightAt = kQueryAt + kNarrowRows * kQueryRow;
-  static constexpr int kRowsAt = kQueryAt + larger(larger(kQueryBytes, kOutBytes), larger(kNarrowBytes, kWideBytes));
+  // Rows of a tile that was cut, each warp's: a row, factors, and 4 partials; see join.cuh.
+  static constexpr int kJoinBytes = kDecode ? kWarps * (5 * 4 * D + 512) : 0;
+  static constexpr int kRowsAt =
+      kQueryAt + larger(larger(larger(kQueryBytes, kOutBytes), larger(kNarrowBytes, kWideBytes)), kJoinBytes);
   using Rows = RowInfo<kRowsAt, kMaxRows>;
   static constexpr int kCursorAt = kRowsAt + Rows::kBytes;
-  static constexpr int kCursorBytes = 80, kPassBytes = 104;
+  static constexpr int kCursorBytes = 96, kPassBytes = 120;
   static constexpr int kPassAt = kCursorAt + kWarps * kCursorBytes;
   static constexpr int kHeadAt = kPassAt + kPassBytes, kSharedBytes = kHeadAt + 4;
   // Where the copy engine fills slots, cursors are smaller, and the slots' barriers have the rest of their place.
-  static constexpr int kTileCursorBytes = 48, kBarrierAt = kCursorAt + kWarps * kTileCursorBytes;
+  static constexpr int kTileCursorBytes = 64, kBarrierAt = kCursorAt + kWarps * kTileCursorBytes;
   static_assert(8 * kStages <= kWarps * (kCursorBytes - kTileCursorBytes) && kBarrierAt % 8 == 0, "room for them");
 
   // The block's kv head, which attend_kernel writes.
@@ -154,28 +157,27 @@ struct RowInfo {
   }
   template <class T, int kIndex>
   __device__ static __forceinline__ T* narrow() {
-    return reinterpret_cast<T*>(shared_memory + kAt + (9 * kRows + kIndex * kNarrowRows) * 4);
+    return reinterpret_cast<T*>(shared_memory + kAt + (8 * kRows + kIndex * kNarrowRows) * 4);
   }
-  // logit * log2(e) = dot * factor + base, and more; see queries.cuh
+  // logit * log2(e) = dot * factor + base, and the sum of the row's numbers; see queries.cuh
   __device__ static float* base() { return array<float, 0>(); }
   __device__ static float* factor() { return array<float, 1>(); }
   __device__ static float* sum() { return array<float, 2>(); }
-  __device__ static float* correction() { return array<float, 3>(); }
   // keys that the row sees
-  __device__ static int* key_begin() { return array<int, 4>(); }
-  __device__ static int* key_end() { return array<int, 5>(); }
+  __device__ static int* key_begin() { return array<int, 3>(); }
+  __device__ static int* key_end() { return array<int, 4>(); }
   // token in the tile, query head
-  __device__ static int* token() { return array<int, 6>(); }
-  __device__ static int* head() { return array<int, 7>(); }
+  __device__ static int* token() { return array<int, 5>(); }
+  __device__ static int* head() { return array<int, 6>(); }
   // NaN where the query is not finite, otherwise 0
-  __device__ static float* bad() { return array<float, 8>(); }
+  __device__ static float* bad() { return array<float, 7>(); }
   // [kWarps][kNarrowRows]: a warp's largest logit; its weights, and what the codes' zeros take off. Wide tiles have their logits
   // in the place of both.
   __device__ static float* warp_max() { return narrow<float, 0>(); }
   __device__ static float2* warp_sum() { return narrow<float2, kWarps>(); }
   // [kWarps][kWideRows]: maximum and total of a run of chunks, each warp's own
   __device__ static float2* run_state() { return narrow<float2, 4 * kWarps>(); }
-  static constexpr int kBytes = (9 * kRows + 8 * kWarps * kNarrowRows) * 4;
+  static constexpr int kBytes = (8 * kRows + 8 * kWarps * kNarrowRows) * 4;
 };
 
 // One pass over the keys for up to max_rows query rows of an item.
@@ -189,9 +191,7 @@ struct Pass {
   // wide_step: S::kWideStep.
   Pass() = default;
   __device__ Pass(const WorkItem& item, int group, int first_row, int max_rows, int wide_step, int window_left) {
-    const int rows_left = item.q_count * group - first_row, q_len = item.seq_len - item.position + item.q_begin;
-    const int rows = rows_left < max_rows ? rows_left : max_rows;
-    tiles = q_len * group <= kNarrowRows ? 0 : rows <= kWideRows ? 1 : rows <= 2 * kWideRows ? 2 : 4;
+    tiles = tiles_of(item, group, min(item.q_count * group - first_row, max_rows));
     low = visible_keys(item.position, item.start, window_left).begin;
     high = item.position + item.q_count;
     high = high < item.seq_len ? high : item.seq_len;
@@ -199,11 +199,15 @@ struct Pass {
     whole_end = item.position + 1 < item.seq_len ? item.position + 1 : item.seq_len;
     const int first = item.chunk_begin * kChunkSize, last = item.chunk_end * kChunkSize;
     block = tiles == 0 ? kNarrowBlock : wide_step;
-    begin = low / block * block;
+    begin = low & -block;  // a power of 2
     begin = begin > first ? begin : first;
     end = high < last ? high : last;
   }
-  __device__ int padded_rows() const { return tiles == 0 ? kNarrowRows : tiles * kWideRows; }
+  // Of `rows` query rows of an item. All of a sequence's are of a kind.
+  __device__ static int tiles_of(const WorkItem& item, int group, int rows) {
+    const int q_len = item.seq_len - item.position + item.q_begin;
+    return q_len * group <= kNarrowRows ? 0 : rows <= kWideRows ? 1 : rows <= 2 * kWideRows ? 2 : 4;
+  }
 };
 
 }  // namespace foldkv::cuda

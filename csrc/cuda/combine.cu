@@ -1,23 +1,19 @@
-// Partials of split tiles become outputs: the fold of csrc/cuda/finish.cuh, in chunk order, so the bits are those of a
-// worker that saw all chunks. A block a row; the grid is fixed and walks the plan's merge list.
+// Partials of split tiles become outputs where attend's blocks do not see to it (join.cuh): sequences have many query rows. The
+// fold of csrc/cuda/finish.cuh, in chunk order, so the bits are those of a worker that saw all chunks. A block a row; the grid
+// is fixed and walks the plan's merge list.
 //
 // Code is kept short, and in loops: every launch fetches it anew, and what it takes of the instruction caches the next attend
 // kernel misses (docs/kernel.md).
 #include "cuda/combine.h"
-#include "cuda/finish.cuh"
+#include "cuda/fold_parts.cuh"
 #include "cuda/overlap.cuh"
 
 namespace foldkv::cuda {
 namespace {
 
 constexpr int kBlocks = 6;  // a multiprocessor
-constexpr int kBatch = 32;  // partials that a warp waits for together; twice as many are on their way
-
-// What a warp needs to fold one partial into its group.
-struct alignas(16) Factor {
-  float group, self, total;  // what the group has so far and the partial are multiplied by; the partial's total
-  int before;  // maximum of the group before the partial, that of the group it begins or goes on with excepted
-};
+// Partials that a warp waits for together; twice as many are on their way.
+constexpr int kBatch = kFactors;
 
 // A block's shared memory. Each warp has the channels 32 w .. 32 w + 31, and 128 further on where there are as many.
 template <int D>
@@ -40,9 +36,7 @@ struct Parts {
     return partial_at(p, first + static_cast<int64_t>(part) * stride, head, D);
   }
   // State of a partial, an empty one past the last.
-  __device__ __forceinline__ float2 state(int part) const {
-    return part < count ? *at(part).state : pack_state(kEmpty, 0.0f, false);
-  }
+  __device__ __forceinline__ float2 state(int part) const { return part < count ? *at(part).state : empty_state(); }
   // Ask for this warp's channels of a batch from `part` on.
   __device__ __forceinline__ void fetch(int part, int warp, int lane, float (&staged)[2][kBatch][kEach][32]) const {
     const uint32_t to = shared_address(staged[part / kBatch % 2]);
@@ -52,57 +46,6 @@ struct Parts {
       if (i < count && channel < D) copy_async(to + piece * 16, at(i).out + channel);
     }
     copy_commit();
-  }
-};
-
-// Sets the factors of 32 partials, one a lane, in chunk order; returns which begin a group. `open`: the maximum of the group
-// that goes on from the partials before; becomes that after these.
-__device__ __forceinline__ unsigned set_factors(float2 state, int& open, Factor* factors, int lane) {
-  const int max = max_of(state);
-  const unsigned starts = __ballot_sync(kFullWarp, starts_group(state)), upto = starts & (kFullWarp >> (31 - lane));
-  const int begin = upto != 0 ? 31 - __clz(upto) : 0;
-  int group_max = max;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kFullWarp, group_max, step);
-    if (lane - step >= begin) group_max = ::max(group_max, other);
-  }
-  if (upto == 0) group_max = ::max(group_max, open);
-  int before = __shfl_up_sync(kFullWarp, group_max, 1);
-  if (lane == 0) before = open;
-  open = __shfl_sync(kFullWarp, group_max, 31);
-  const Rescale r = rescale(starts_group(state) ? kEmpty : before, max);
-  __syncwarp();  // all have left those before
-  factors[lane] = {r.a, r.b, state.y, before};
-  __syncwarp();
-  return starts;
-}
-
-// Partials are folded into their group, groups into the row; a lane has a channel of each 128.
-template <int kEach>
-struct Row {
-  float x[kEach] = {}, group[kEach] = {};
-  float total = 0.0f, group_total = 0.0f;
-  int max = kEmpty;
-
-  __device__ __forceinline__ void add(const Factor& f, const float (&part)[kEach][32], int lane) {
-    const Rescale r = {0, f.group, f.self};
-    group_total = fold(group_total, f.total, r);
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) group[e] = fold(group[e], part[e][lane], r);
-  }
-
-  // The group, of this maximum, is done.
-  __device__ __forceinline__ void close(int group_max) {
-    const Rescale r = rescale(max, group_max);
-    max = r.max;
-    total = fold(total, group_total, r);
-    group_total = 0.0f;
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) {
-      x[e] = fold(x[e], group[e], r);
-      group[e] = 0.0f;
-    }
   }
 };
 
@@ -136,10 +79,10 @@ __global__ void __launch_bounds__(kThreads)
     if (token >= item.q_count) continue;
     const Parts<D> parts = {p, item.first_partial + token, item.q_count, item.parts, head};
     float2 next = parts.state(lane);
-    if (integer) prefetch_params(p, p.v_cache.params, D, head / (p.h_q / p.h_kv), threadIdx.x);
+    if (integer) prefetch_params(p, p.v_cache.params, D, p.group.divide(head), threadIdx.x);
     parts.fetch(0, warp, lane, staged.part[warp]);
     parts.fetch(kBatch, warp, lane, staged.part[warp]);
-    Row<kEach> row;
+    RowFold<kEach> row;  // a lane has a channel of each 128
     int open = kEmpty;
 #pragma unroll 1
     for (int part = 0; part < item.parts; part += kBatch) {
@@ -152,7 +95,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < count; ++i) {
         const Factor f = staged.factor[warp][i];
         if ((starts >> i & 1) != 0) row.close(f.before);
-        row.add(f, staged.part[warp][part / kBatch % 2][i], lane);
+        float channels[kEach];
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) channels[e] = staged.part[warp][part / kBatch % 2][i][e][lane];
+        row.add(f, channels);
       }
       __syncwarp();  // all have left the batch
       parts.fetch(part + 2 * kBatch, warp, lane, staged.part[warp]);
@@ -170,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
     float x[D / 32];
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) x[i] = staged.row[32 * i + lane];
-    finish_row<D>(p, integer, item.q_row + token, head, row.max, row.total, boost, x, lane);
+    finish_row<D>(p, integer, item.q_row + token, head, p.group.divide(head), row.max, row.total, boost, x, lane);
   }
 }
 

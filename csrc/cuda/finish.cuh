@@ -37,10 +37,9 @@ __device__ __forceinline__ void prefetch_params(const AttendParams& p, const flo
 // Undo V's transform, weigh in the sink, normalise, write; x is used up. The state: x [D] and total, both times
 // 2^(max - boost). Static zeros are still in x; dynamic ones are out.
 template <int D>
-__device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, int row, int head, int max, float total,
-                                           float boost, float (&x)[D / 32], int lane) {
+__device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, int row, int head, int kv_head, int max,
+                                           float total, float boost, float (&x)[D / 32], int lane) {
   const Cache& v = p.v_cache;
-  const int kv_head = head / (p.h_q / p.h_kv);
   if (integer) {
     const float* params = v.params + static_cast<int64_t>(kv_head) * D + lane;
     const int64_t stride = static_cast<int64_t>(p.h_kv) * D;
@@ -86,8 +85,8 @@ __device__ __forceinline__ void finish_staged(const AttendParams& p, int q_row, 
   for (int i = 0; i < D / 32; ++i) x[i] = out[32 * i + lane];
   // A query that is not finite gives NaN even where it sees nothing.
   const float bad = Rows::bad()[r];
-  finish_row<D>(p, V::kInteger, q_row + Rows::token()[r], Rows::head()[r], max == kEmpty && isnan(bad) ? 0 : max,
-                total + bad, V::Math::kBoost, x, lane);
+  finish_row<D>(p, V::kInteger, q_row + Rows::token()[r], Rows::head()[r], S::kv_head(),
+                max == kEmpty && isnan(bad) ? 0 : max, total + bad, V::Math::kBoost, x, lane);
 }
 
 // A partial's state: twice its maximum, and 1 more where it begins a group of chunks, as the bits of an int; and its total.

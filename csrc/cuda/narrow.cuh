@@ -53,7 +53,7 @@ class Narrow {
       last = token >= now.pass.end;
       close_run(token / kChunkSize - 1, last, run);
     }
-    if (now.first_partial < 0) write_rows(run);
+    if (now.first_partial < 0) stage_rows(run);
   }
 
  private:
@@ -124,13 +124,13 @@ class Narrow {
     if constexpr (K::kInteger) {
       const Format& format = p_.k_cache.format;
       if (format.dynamic) {
-        const float2 sum = pair(Rows::sum()), start = pair(Rows::correction());
+        const float2 sum = pair(Rows::sum());
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const uint32_t raw = load_scale(format, slot + S::kKMeta, row0 + 16 * warp_ + g_ + 8 * h);
           const Scale k = unpack_scale<K>(raw, format.stored_zero);
-          x[2 * h] = (x[2 * h] + fmaf(-k.zero, sum.x, start.x)) * k.scale;
-          x[2 * h + 1] = (x[2 * h + 1] + fmaf(-k.zero, sum.y, start.y)) * k.scale;
+          x[2 * h] = fmaf(-k.zero, sum.x, x[2 * h]) * k.scale;
+          x[2 * h + 1] = fmaf(-k.zero, sum.y, x[2 * h + 1]) * k.scale;
         }
       }
     }
@@ -138,14 +138,7 @@ class Narrow {
 
   // Logits times log2(e), of all tiles; nothing where no query sees a key.
   __device__ __forceinline__ void finish_scores(float (&x)[kTiles][4], int token, bool whole) const {
-    const float2 factor = pair(Rows::factor());
-    float2 base = pair(Rows::base());
-    if constexpr (K::kInteger) {
-      if (!p_.k_cache.format.dynamic) {
-        const float2 start = pair(Rows::correction());
-        base = make_float2(fmaf(start.x, factor.x, base.x), fmaf(start.y, factor.y, base.y));
-      }
-    }
+    const float2 factor = pair(Rows::factor()), base = pair(Rows::base());
 #pragma unroll
     for (int at = 0; at < kTiles; ++at) {
 #pragma unroll
@@ -490,8 +483,8 @@ class Narrow {
     }
   }
 
-  __device__ __forceinline__ void write_rows(const State& run) const {
-    const int rows = current().rows, q_row = current().q_row;
+  // For finish_rows.
+  __device__ __forceinline__ void stage_rows(const State& run) const {
     __syncthreads();  // queries and weights make room
     float* sums = reinterpret_cast<float*>(shared_memory + S::kOutAt);
     float2* states = Rows::warp_sum();
@@ -504,10 +497,6 @@ class Narrow {
       states[2 * t_ + 1] = make_float2(__int_as_float(run.max.y), run.total.y);
     }
     __syncthreads();
-#pragma unroll 1
-    for (int r = warp_; r < rows; r += kWarps) {
-      finish_staged<S, V, D>(p_, q_row, sums + r * D, r, __float_as_int(states[r].x), states[r].y, lane_);
-    }
   }
 
   const AttendParams& p_;

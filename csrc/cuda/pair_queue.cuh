@@ -17,6 +17,8 @@ class PairQueue : TileStream<S, K, V> {
   static constexpr int kNothing = S::kStageTokens, kEnd = -1;
 
  public:
+  using Base::clear_unseen, Base::drain;
+
   __device__ PairQueue(const AttendParams& p, const TileMaps& maps) : Base(p, maps), block_(0) {}
 
   __device__ __forceinline__ void start(const WorkItem* item, int items) {
@@ -44,10 +46,6 @@ class PairQueue : TileStream<S, K, V> {
     ++block_;
     return values;
   }
-  __device__ __forceinline__ void clear_unseen(uint32_t slot, int token, int low, int end) const {
-    clear_unseen_values<S, V>(slot, token, low, end);
-  }
-  __device__ __forceinline__ static void drain() {}
 
  private:
   __device__ __forceinline__ int index(int ahead) const { return (block_ + ahead) % kPairs * 2; }

@@ -29,7 +29,7 @@ struct CutTile {
   int seq, q_begin, q_count, group;
   int at;  // see TileCuts; all cost fits an int, the header has it
   KeyRange keys;
-  int partial;  // -1: the tile is whole
+  int partial, merge;  // -1: the tile is whole
 };
 
 struct Shared {
@@ -132,9 +132,9 @@ __device__ __forceinline__ void for_tiles(const PlanParams& p, Scan& scan, Tile&
   }
 }
 
-__device__ __forceinline__ void write_entry(int32_t* to, int4 a, int4 b, int4 c) {
+__device__ __forceinline__ void write_entry(int32_t* to, int4 a, int4 b, int4 c, int4 d) {
   auto* vectors = reinterpret_cast<int4*>(to);
-  vectors[0] = a, vectors[1] = b, vectors[2] = c;
+  vectors[0] = a, vectors[1] = b, vectors[2] = c, vectors[3] = d;
 }
 
 __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
@@ -145,18 +145,21 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
   let_next_begin();
   if (thread == 0) s.used = s.merge_queries = 0;
   int32_t* workers = p.plan + kPlanHeader;
-  const int item_at = plan_item_at(p.num_workers), merge_at = item_at + kPlanEntry * p.max_items;
+  const int item_at = static_cast<int>(plan_item_at(p.num_workers, p.max_tiles, p.kv_heads)),
+            merge_at = item_at + kPlanEntry * p.max_items;
   const auto finish = [&](int items, int merges, int partials, int status, int64_t cost, const Share& share) {
     // Workers whose share begins behind the last tile.
     for (int w = cost > 0 ? share.worker_of(static_cast<int>(cost) - 1) + 1 + thread : thread; w <= p.num_workers;
          w += kThreads) {
       workers[w] = items;
     }
+    for (int i = thread; i < merges * p.kv_heads; i += kThreads) p.plan[plan_arrivals_at(p.num_workers) + i] = 0;
     if (thread != 0) return;
     write_entry(
         p.plan, make_int4(items, merges, partials, merge_at),
         make_int4(status, static_cast<int>(cost), kChunkSize, p.tile_q),
-        make_int4(item_at, p.num_workers, static_cast<int>(share.begin_of(1)), merges > 0 ? s.merge_queries : 0));
+        make_int4(item_at, p.num_workers, static_cast<int>(share.begin_of(1)), merges > 0 ? s.merge_queries : 0),
+        make_int4(p.kv_heads, 0, 0, 0));
   };
 
   // How many tiles, and whether the lengths make sense.
@@ -197,6 +200,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     // Items before this thread's, and the partials of a tile that is cut, as long as the workspace lasts.
     int items_before = thread, items_here = here;
     int64_t partial = -1;
+    int merge = -1;
     if (__syncthreads_or(cuts > 0)) {
       const int64_t parts = cuts > 0 ? t.parts_before(share, held.group, cuts, t.last) : 0;
       int64_t round_wanted, totals;
@@ -208,11 +212,11 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
       const int64_t before = scan.exclusive(static_cast<int64_t>(items) << 32 | (fits ? 1 : 0), totals);
       items_before = static_cast<int>(before >> 32), items_here = static_cast<int>(totals >> 32);
       if (fits) {
-        const int merge = num_merges + static_cast<int>(before & 0xffffffff);
+        merge = num_merges + static_cast<int>(before & 0xffffffff);
         write_entry(p.plan + merge_at + kPlanEntry * merge,
                     make_int4(held.seq, held.q_begin, held.q_count, static_cast<int>(slot)),
-                    make_int4(static_cast<int>(parts), p.cu_seqlens_q[held.seq] + held.q_begin, 0, 0),
-                    make_int4(0, 0, 0, 0));
+                    make_int4(static_cast<int>(parts), p.cu_seqlens_q[held.seq] + held.q_begin, 1 + cuts, 0),
+                    make_int4(0, 0, 0, 0), make_int4(0, 0, 0, 0));
         atomicMax(&s.merge_queries, held.q_count);
         // Accepted tiles come before refused ones, so the last merge has the greatest end.
         if (merge + 1 == num_merges + static_cast<int>(totals & 0xffffffff)) {
@@ -223,7 +227,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     }
     if (valid) {
       s.tiles[thread] = {
-          held.seq, held.q_begin, held.q_count, held.group, static_cast<int>(at), held.keys, static_cast<int>(partial)};
+          held.seq, held.q_begin, held.q_count, held.group, static_cast<int>(at), held.keys, static_cast<int>(partial),
+          merge};
       // Workers whose share begins in this tile: with its first item, with a cut, or with what comes after the tile.
       int worker = t.worker;
       const int first = num_items + items_before, next = first + (partial < 0 ? 1 : 1 + cuts);
@@ -256,7 +261,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
       write_entry(p.plan + item_at + kPlanEntry * (num_items + i),
                   make_int4(tile.seq, tile.q_begin, tile.q_count, begin),
                   make_int4(end, slot, folds ? 1 : 0, q_row + tile.q_begin),
-                  make_int4(seq_len - q_len + tile.q_begin, start_of(p, tile.seq), seq_len, tile.group));
+                  make_int4(seq_len - q_len + tile.q_begin, start_of(p, tile.seq), seq_len, tile.group),
+                  make_int4(tile.merge, 0, 0, 0));
     }
     num_items += items_here;
     __syncthreads();  // tiles and item_at are written anew

@@ -14,7 +14,9 @@ struct Current {
   int group_shift;  // log2 of a group's chunks, 30 where all chunks are one
   int first_row;  // of the pass in its item
   const WorkItem *item, *item_end;
-  int worker, num_workers, items_at, tail;  // see attend_kernel
+  int merge;  // as in WorkItem
+  int joined;  // see join.cuh
+  int worker, num_workers, items_at, merges_at, tail;  // see attend_kernel
 };
 
 template <class S, class K, int D>
@@ -30,11 +32,11 @@ class Queries {
   // are wanted at the item's end.
   __device__ __forceinline__ static void prefetch_rows(const AttendParams& p, const WorkItem& item, int kv_head,
                                                        unsigned thread) {
-    const int element = p.q.dtype == DType::Float32 ? 4 : 2, group = p.h_q / opaque(p.h_kv);
-    const int row = thread / 8, at = thread % 8 * 64 / element;
+    const int element = p.q.dtype == DType::Float32 ? 4 : 2, group = p.group.n;
+    const int row = thread / 8, at = thread % 8 * 64 / element, token = p.group.divide(row);
     if (row < min(item.q_count * group, S::kMaxRows) && at < D) {
-      const int64_t from = static_cast<int64_t>(item.q_row + row / group) * p.q.token_stride +
-                           (kv_head * group + row % group) * p.q.head_stride + at;
+      const int64_t from = static_cast<int64_t>(item.q_row + token) * p.q.token_stride +
+                           (kv_head * group + row - token * group) * p.q.head_stride + at;
       prefetch(static_cast<const uint8_t*>(p.q.data) + from * element);
     }
     if constexpr (K::kInteger) prefetch_params(p, p.k_cache.params, D, kv_head, thread);
@@ -53,7 +55,7 @@ class Queries {
 
   // Makes the next pass the current one, with its queries; all threads may use both. False where there is none.
   __device__ __forceinline__ static bool next_pass(const AttendParams& p) {
-    const int h_kv = opaque(p.h_kv), group = p.h_q / h_kv, kv_head = S::kv_head();
+    const int group = p.group.n;
     __syncthreads();  // all have left the rows, queries and outputs of the pass before
     const WorkItem* item = current().item;
     int first_row = current().first_row + S::kMaxRows;
@@ -63,19 +65,19 @@ class Queries {
     }
     if (item == current().item_end) return false;
     const int rows = min(item->q_count * group - first_row, S::kMaxRows);
-    const Pass pass(*item, group, first_row, S::kMaxRows, S::kWideStep, p.window_left);
     __syncthreads();
     if (threadIdx.x == 0) {
       Current& now = mutable_current();
-      now.pass = pass;
+      now.pass = Pass(*item, group, first_row, S::kMaxRows, S::kWideStep, p.window_left);
       now.rows = rows;
       now.seq = item->seq, now.q_row = item->q_row, now.q_count = item->q_count;
       now.chunk_begin = item->chunk_begin, now.first_partial = item->first_partial, now.folds = item->folds;
+      now.merge = item->merge;
       now.group_shift = item->group > 0 ? 31 - __clz(item->group) : 30;
       now.item = item;
       now.first_row = first_row;
     }
-    load(p, *item, kv_head, group, first_row, rows, pass);
+    load(p, *item, first_row, rows);
     __syncthreads();
     // The next item's queries come while this one's keys are attended to.
     if (item + 1 != current().item_end) prefetch_rows(p, item[1], S::kv_head(), opaque(threadIdx.x));
@@ -85,35 +87,27 @@ class Queries {
  private:
   // Queries become 16-bit fragments: balanced, rotated, static scale folded in, scaled by a power of 2 a row; with
   //   logit * log2(e) = dot * factor + base, dot = sum over channels of query * code, in the fragments' units.
-  // Codes are taken about the middle code, so that a query's rounding error meets small numbers: `correction` starts the
-  // sums. `sum` is the exact sum of the query, for zeros that come with the tokens.
-  __device__ __forceinline__ static void load(const AttendParams& p, const WorkItem& item, int kv_head, int group,
-                                              int first_row, int rows, const Pass& pass) {
+  // A query's rounding error is to meet numbers about zero. Zeros that come with the tokens are multiplied by `sum`, that of the
+  // query as it is rounded. With static ones, which only the exact query knows, `base` has what rounding took off times the
+  // middle code. Rows past the last have anybody's queries; nobody reads what comes of them.
+  __device__ __forceinline__ static void load(const AttendParams& p, const WorkItem& item, int first_row, int rows) {
     static_assert(sizeof(Current) <= S::kPassBytes, "room for it");
     const unsigned thread = opaque(threadIdx.x);
-    const int warp = thread / 32, lane = thread % 32, place = place_of(lane), padded = pass.padded_rows();
-    const bool wide = pass.tiles != 0;
+    const int warp = thread / 32, lane = thread % 32, place = place_of(lane);
+    const int kv_head = S::kv_head(), group = p.group.n;
+    const bool wide = Pass::tiles_of(item, group, rows) != 0, dynamic = K::kInteger && p.k_cache.format.dynamic;
+    // What a lane's numbers are multiplied by, a power of 2, and its inverse.
+    const float factor = K::k_factor(place % 8), inverse = __int_as_float((254 << 23) - __float_as_int(factor));
     float ahead[kSlices] = {};  // the row after the one that is being worked on
     const auto fetch = [&](int r) {
       if (r >= rows) return;
-      const int token = (first_row + r) / group, head = kv_head * group + (first_row + r) % group;
+      const int token = p.group.divide(first_row + r), head = kv_head * group + first_row + r - token * group;
       const int64_t at = static_cast<int64_t>(item.q_row + token) * p.q.token_stride + head * p.q.head_stride;
       load_lane(ahead, p.q.data, p.q.dtype, at + lane);
     };
     fetch(warp);
 #pragma unroll 1
-    for (int r = warp; r < padded; r += kWarps) {
-      if (r >= rows) {  // padding: zeros
-#pragma unroll
-        for (int i = 0; i < kSlices; ++i) {
-          *reinterpret_cast<uint16_t*>(shared_memory + S::query_number(wide, r, i, place)) = 0;
-        }
-        if (lane == 0) {
-          Rows::base()[r] = Rows::factor()[r] = Rows::sum()[r] = Rows::correction()[r] = Rows::bad()[r] = 0.0f;
-          Rows::key_begin()[r] = Rows::key_end()[r] = 0;
-        }
-        continue;
-      }
+    for (int r = warp; r < rows; r += kWarps) {
       float x[kSlices];
       bool bad = false;
 #pragma unroll
@@ -136,32 +130,28 @@ class Queries {
         largest = warp_max(largest);
         if (largest > 0.0f) shift = min(max(14 + 127 - (__float_as_int(largest) >> 23), -126), 126);
       }
-      const float scale = __int_as_float((shift + 127) << 23);
-      float rounded = 0.0f;
-      const float factor = K::k_factor(place % 8);
+      const float scale = __int_as_float((127 + shift) << 23), unscale = __int_as_float((127 - shift) << 23);
 #pragma unroll
       for (int i = 0; i < kSlices; ++i) {
         const float scaled = x[i] * scale;
         const uint32_t value = K::Math::pack(scaled * factor, 0.0f);
         *reinterpret_cast<uint16_t*>(shared_memory + S::query_number(wide, r, i, place)) = static_cast<uint16_t>(value);
-        rounded += K::Math::unpack(value).x / factor;
-        sum += scaled;
+        const float rounded = K::Math::unpack(value).x * inverse;
+        sum += dynamic ? rounded : scaled - rounded;
       }
-      if constexpr (K::kInteger) {
-        sum = warp_sum(sum);
-        rounded = warp_sum(rounded);
-      }
+      if constexpr (K::kInteger) sum = warp_sum(sum);
       if (lane == 0) {
-        const int token = (first_row + r) / group;
+        const int token = p.group.divide(first_row + r);
         const KeyRange keys = visible_keys(item.position + token, item.start, p.window_left);
-        Rows::base()[r] = base * p.softmax_scale * kLog2E;
-        Rows::factor()[r] = p.softmax_scale * kLog2E * K::kUnit / scale;
+        const float to_logits = p.softmax_scale * kLog2E;
+        if (K::kInteger && !dynamic) base = fmaf(sum * unscale, K::kMid, base);
+        Rows::base()[r] = base * to_logits;
+        Rows::factor()[r] = to_logits * K::kUnit * unscale;
         Rows::sum()[r] = sum / K::kUnit;
-        Rows::correction()[r] = K::kMid * (sum - rounded) / K::kUnit;
         Rows::key_begin()[r] = keys.begin;
         Rows::key_end()[r] = keys.end < item.seq_len ? keys.end : item.seq_len;
         Rows::token()[r] = token;
-        Rows::head()[r] = kv_head * group + (first_row + r) % group;
+        Rows::head()[r] = kv_head * group + first_row + r - token * group;
         Rows::bad()[r] = bad ? NAN : 0.0f;
       }
     }

@@ -25,7 +25,7 @@ struct Stream {
   // Goes on to the next pass that has tokens; false where there is none.
   template <class S>
   __device__ __forceinline__ bool next(const AttendParams& p, Pass& pass) {
-    const int group = p.h_q / opaque(p.h_kv);
+    const int group = p.group.n;
     for (; items > 0; ++item, --items, first_row = -S::kMaxRows) {
       const WorkItem now = *item;
       first_row += S::kMaxRows;

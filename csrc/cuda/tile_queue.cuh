@@ -11,6 +11,8 @@ class TileQueue : TileStream<S, K, V> {
   using typename Base::Span;
 
  public:
+  using Base::clear_unseen, Base::drain;
+
   __device__ TileQueue(const AttendParams& p, const TileMaps& maps) : Base(p, maps), turn_(0) {}
 
   // Begin a worker's items; all threads have left the slots.
@@ -28,11 +30,6 @@ class TileQueue : TileStream<S, K, V> {
   // The next slot, filled, of K or V, whichever it is. Also a barrier for the block; the slot handed out before is free again.
   __device__ __forceinline__ uint32_t next_keys() { return next(); }
   __device__ __forceinline__ uint32_t next_values() { return next(); }
-  __device__ __forceinline__ void clear_unseen(uint32_t slot, int token, int low, int end) const {
-    clear_unseen_values<S, V>(slot, token, low, end);
-  }
-  // All copies have come: whatever was asked for was handed out.
-  __device__ __forceinline__ static void drain() {}
 
  private:
   __device__ __forceinline__ uint32_t next() {

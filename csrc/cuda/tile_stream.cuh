@@ -10,6 +10,25 @@ namespace foldkv::cuda {
 
 template <class S, class K, class V>
 class TileStream {
+ public:
+  // 16-bit values of a slot from `token` on that no query sees are anybody's, and a weight of 0 might make NaN of them: they
+  // become zero. A barrier for the block, where there are any.
+  __device__ __forceinline__ static void clear_unseen(uint32_t slot, int token, int low, int end) {
+    if constexpr (!V::kInteger) {
+      if (token >= low && token + S::kStageTokens <= end) return;
+      constexpr int kUnits = S::kVRow / 16, kPartUnits = S::VSwizzle::kPartUnits;
+#pragma unroll 1
+      for (int piece = threadIdx.x; piece < kUnits * S::kStageTokens; piece += kThreads) {
+        const int key = token + piece / kPartUnits % S::kStageTokens;
+        if (key < low || key >= end) store_shared(slot + piece * 16, 0, 0, 0, 0);
+      }
+      before_copies();
+      __syncthreads();
+    }
+  }
+  // All copies have come: whatever was asked for was handed out.
+  __device__ __forceinline__ static void drain() {}
+
  protected:
   // The pass that the stream is at; each warp keeps its own.
   struct alignas(16) Span {
@@ -17,7 +36,7 @@ class TileStream {
     int size, block;  // tokens of K before those of V: how many, and the first one
   };
   struct Cursor {
-    Span span;
+    Span span, ahead;  // ahead: the pass after it, from when the last page id of this one has been asked for
     Stream stream;
   };
   static_assert(sizeof(Cursor) <= S::kTileCursorBytes, "room for it");
@@ -30,41 +49,35 @@ class TileStream {
     }
   }
 
+  // In the kernel for many rows registers are too scarce to keep what follows from it.
+  __device__ __forceinline__ static unsigned thread() { return S::kDecode ? threadIdx.x : opaque(threadIdx.x); }
   __device__ __forceinline__ static Cursor& cursor() {
-    return *reinterpret_cast<Cursor*>(shared_memory + S::kCursorAt + threadIdx.x / 32 * S::kTileCursorBytes);
+    return *reinterpret_cast<Cursor*>(shared_memory + S::kCursorAt + thread() / 32 * S::kTileCursorBytes);
   }
   __device__ __forceinline__ static uint32_t barrier(int index) { return shared_base() + S::kBarrierAt + 8 * index; }
   __device__ __forceinline__ static uint32_t slot(int index) { return shared_base() + index * S::kSlotBytes; }
 
-  __device__ __forceinline__ static void begin(const WorkItem* item, int items) {
-    if (threadIdx.x % 32 != 0) return;
-    cursor().span = {0, 0, 0, 0};
-    cursor().stream.template begin<S>(item, items);
+  __device__ __forceinline__ void begin(const WorkItem* item, int items) {
+    if (thread() % 32 == 0) {
+      cursor().span = {0, 0, 0, 0};
+      cursor().stream.template begin<S>(item, items);
+    }
+    look_ahead();
   }
 
   // The next pass, from its first block on, with the pages of that; an empty one where there is none.
   __device__ __forceinline__ Span next_pass() {
-    __syncwarp();  // all have read what is now written anew
     Cursor& c = cursor();
-    if (threadIdx.x % 32 == 0) {
-      Pass pass;
-      c.span = {0, 0, 0, 0};
-      if (c.stream.template next<S>(p_, pass)) c.span = {pass.low, pass.end, pass.block, pass.begin};
-    }
+    const Span span = c.ahead;
+    __syncwarp();  // all have read what is now written anew
+    if (thread() % 32 == 0) c.span = span;
     __syncwarp();
-    const Span span = c.span;
-    if (span.end > 0) {
-      fetch_page(span.block, span);
-      turn_page();
-      fetch_page(span.block + 4 * kTileTokens, span);
-    }
+    if (span.end > 0) next_page(span.block, span);
     return span;
   }
   // Pages of the block at `token`, which is behind the one at `before`.
   __device__ __forceinline__ void next_block(int before, int token, const Span& span) {
-    if (own(before) >= token) return;
-    turn_page();
-    fetch_page(token + 4 * kTileTokens, span);
+    if (own(before) < token && own(token) < span.end) next_page(token, span);
   }
 
   // The first of this warp's 64 tokens among 256 from `token` on, a multiple of 64.
@@ -108,6 +121,32 @@ class TileStream {
   }
 
  private:
+  // The id asked for is that of the tokens among 256 from `token` on; the next one is asked for, which may be of the next pass.
+  __device__ __forceinline__ void next_page(int token, const Span& span) {
+    turn_page();
+    if (own(token) + 4 * kTileTokens < span.end) {
+      fetch_page(token + 4 * kTileTokens, span);
+    } else {
+      look_ahead();
+    }
+  }
+  __device__ __forceinline__ void look_ahead() {
+    Cursor& c = cursor();
+    __syncwarp();  // all have read what is now written anew
+    if (thread() % 32 == 0) {
+      Pass pass;
+      c.ahead = {0, 0, 0, 0};
+      if (c.stream.template next<S>(p_, pass)) {
+        c.ahead = {pass.low, pass.end, pass.block, pass.begin};
+        const auto* next = reinterpret_cast<const uint8_t*>(c.stream.item + 1);
+        prefetch(next), prefetch(next + 32);  // for next time
+      }
+    }
+    __syncwarp();
+    const Span span = c.ahead;
+    if (span.end > 0) fetch_page(span.block, span);
+  }
+
   // A lane's tile: the first of its tokens in the 64, and 64 for each part of a row before its own.
   __device__ __forceinline__ int lane_token() const { return opaque(threadIdx.x) % 32 << min(shift_, 6); }
   // The id of the page of this lane's tile among 256 tokens from `token` on comes; a table that names no page of the pool gives
@@ -128,22 +167,5 @@ class TileStream {
   int page_, next_page_;  // of this lane's tile: kv heads before it, and the id for the 256 tokens after these
   int shift_;  // log2 of the page size
 };
-
-// 16-bit values of a slot from `token` on that no query sees are anybody's, and a weight of 0 might make NaN of them: they become
-// zero. A barrier for the block, where there are any.
-template <class S, class V>
-__device__ __forceinline__ void clear_unseen_values(uint32_t slot, int token, int low, int end) {
-  if constexpr (!V::kInteger) {
-    if (token >= low && token + S::kStageTokens <= end) return;
-    constexpr int kUnits = S::kVRow / 16, kPartUnits = S::VSwizzle::kPartUnits;
-#pragma unroll 1
-    for (int piece = threadIdx.x; piece < kUnits * S::kStageTokens; piece += kThreads) {
-      const int key = token + piece / kPartUnits % S::kStageTokens;
-      if (key < low || key >= end) store_shared(slot + piece * 16, 0, 0, 0, 0);
-    }
-    before_copies();
-    __syncthreads();
-  }
-}
 
 }  // namespace foldkv::cuda

@@ -43,20 +43,26 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 // --- copies ------------------------------------------------------------------------------------------------------------
 
+// What streams through the L2 is to leave before what stays: queries, parameters, plans. The policy that createpolicy makes of
+// L2::evict_first for all of an access.
+constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+
 // A tile from byte `at` of the rows on, from token `token` of the page on; `page` counts kv heads, too.
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap& map, uint32_t barrier, int at, int token,
                                           int page) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
-          "r"(to),
-      "l"(&map), "r"(barrier), "r"(at), "r"(token), "r"(page)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(at), "r"(token), "r"(page), "l"(kEvictFirst)
       : "memory");
 }
 // A run of bytes, a multiple of 16 of them.
 __device__ __forceinline__ void copy_run(uint32_t to, const void* from, uint32_t barrier, uint32_t bytes) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
 }
 // What this thread wrote to shared memory comes before what the copy engine will.
 __device__ __forceinline__ void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

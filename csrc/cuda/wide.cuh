@@ -180,16 +180,8 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
   __device__ __forceinline__ void score(uint32_t slot, int row0, float (&x)[kMine][4]) const {
     constexpr int kSpan = kSplit == 4 ? 1 : kKeySpan<K>;
     constexpr bool kByTokens = kSpan * kKWords > 1;
-    {
-      const int r = row();
-      const float start[2] = {K::kInteger ? Rows::correction()[r] : 0.0f,
-                              K::kInteger ? Rows::correction()[r + 8] : 0.0f};
 #pragma unroll
-      for (int n = 0; n < kMine; ++n) {
-        x[n][0] = x[n][1] = start[0];
-        x[n][2] = x[n][3] = start[1];
-      }
-    }
+    for (int n = 0; n < kMine; ++n) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0.0f;
 #pragma unroll
     for (int slice = 0; slice < kSlices; slice += kSpan) {
       const unsigned lane = thread() % 32, key_row = KeyLane<kByTokens>::row(lane),

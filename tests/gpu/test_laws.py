@@ -153,6 +153,27 @@ def test_groups_of_chunks_give_the_same_bits_however_they_are_cut(mode: str, win
     assert same_bits(batch.attend(tight, **options), want)
 
 
+@pytest.mark.parametrize("mode", LAW_MODES)
+@pytest.mark.parametrize("q_len", [1, 2, 6, 20])
+def test_whoever_merges_gives_the_same_bits_and_leaves_the_plan_as_it_was(mode: str, q_len: int) -> None:
+    """Attention's own blocks where shapes speak of few query rows a sequence, a kernel of its own where of many."""
+    source = make_source(mode, 2, 4, 128, 64)
+    one, sinks = source.sequence(9000, q_len), torch.randn(8).to(DEVICE)
+    room = {"max_batch": 16, "max_seq_len": 16384, "max_q_tokens": 1024, "total_tokens": 200_000}
+    alone = make_batch(source, [one])
+    want = result(alone, 0, alone.plan(num_workers=1, **room), sinks=sinks)
+    few, many = [source.sequence(40, 0)] * 15, [source.sequence(400, 333)]
+    for mates in (few, many, []):
+        batch = make_batch(source, [one, *mates])
+        for workers in (3, 30, 60):
+            plan = batch.plan(num_workers=workers, **room)
+            before = plan.buffer.clone()
+            assert is_split(plan) or workers == 3
+            for _ in range(3):
+                assert same_bits(result(batch, 0, plan, sinks=sinks), want)
+            assert torch.equal(plan.buffer, before)
+
+
 def static_plan(batch: Batch, **changes: int) -> Plan:
     """A block for each chunk that the largest batch could have."""
     room = {"max_batch": 8, "max_seq_len": 4096, **changes}
@@ -305,5 +326,15 @@ def test_a_batch_past_the_capacity_gives_nan(mode: str) -> None:
     batch = make_ragged(make_source(mode, 2, 2, 64), [(500, 200), (300, 1)])
     plan = batch.plan(max_batch=2, max_q_tokens=1)
     assert int(plan.buffer[4]) == 1
+    out, lse = batch.attend(plan)
+    assert torch.isnan(out).all() and torch.isnan(lse).all()
+
+
+@cuda_only
+@pytest.mark.parametrize("mode", LAW_MODES)
+def test_a_plan_for_other_heads_gives_nan(mode: str) -> None:
+    batch = make_ragged(make_source(mode, 2, 2, 64), [(500, 1), (3000, 1)])
+    plan = batch.plan(num_workers=7)
+    plan.buffer[12] += 1
     out, lse = batch.attend(plan)
     assert torch.isnan(out).all() and torch.isnan(lse).all()
