@@ -8,9 +8,9 @@ gives one partial; any other run writes one partial per chunk; the merge reads t
 bits, so the planner is free to choose them.
 
 A tile costs its tokens, in units of 64, and `ITEM_COST` for what comes beside them. All tiles lie in a row of cost; its
-first chunk lies where the tile begins, the others `ITEM_COST` later. Shares of the row are equal, but for a 24th that may be
-added so that cuts fall between tiles of the smallest cost, or at multiples where there is one tile (`make_share`). Worker w
-has the items that begin in the w-th share.
+first chunk lies where the tile begins, the others `ITEM_COST` later. Shares of the row are equal, but for a 24th, and no more
+than `ITEM_COST`, that may be added so that cuts fall between tiles of the smallest cost, or at multiples where there is one
+tile (`make_share`). Worker w has the items that begin in the w-th share.
 
 The plan buffer is int32: a header of 16 (number of items, of merges, of partials used, index of the first merge, status,
 cost of all tiles, chunk size, tile_q, index of the first item, num_workers, a worker's share rounded up, the most queries of
@@ -204,7 +204,7 @@ def make_share(total: int, smallest: int, num_workers: int) -> Fraction:
         if total == smallest and pieces > 1:
             cost = ITEM_COST + pieces * most * chunk
     even = Fraction(cost, max(1, pieces))
-    return even if (even - least) * 24 <= least else Fraction(least)
+    return even if even - least <= min(Fraction(least, 24), ITEM_COST) else Fraction(least)
 
 
 class _Tile(NamedTuple):

@@ -127,8 +127,9 @@ struct Share {
   }
 };
 
-// Equal shares of `total` for the workers; a little more, by at most a 24th, where cuts then fall on borders of tiles
-// of the smallest cost, or divide them evenly; or, of a tile that is alone, all at multiples of the same number of chunks.
+// Equal shares of `total` for the workers; a little more, by at most a 24th and what an item costs, where cuts then fall on
+// borders of tiles of the smallest cost, or divide them evenly; or, of a tile that is alone, all at multiples of the same
+// number of chunks.
 FOLDKV_HD constexpr Share make_share(int total, int smallest, int num_workers) {
   int least = ceil_div(total, num_workers);
   if (least < kChunkCost) least = kChunkCost;
@@ -142,8 +143,8 @@ FOLDKV_HD constexpr Share make_share(int total, int smallest, int num_workers) {
     if (total == smallest && pieces > 1) num = kItemCost + pieces * most * kChunkCost;
   }
   const int den = pieces > 0 ? static_cast<int>(pieces) : 1;
-  return (num - int64_t{least} * den) * 24 <= int64_t{least} * den ? Share{static_cast<int>(num), den}
-                                                                   : Share{least, 1};
+  const int64_t equal = int64_t{least} * den, more = num - equal;
+  return more * 24 <= equal && more <= kItemCost * den ? Share{static_cast<int>(num), den} : Share{least, 1};
 }
 
 // A tile's place in the row of all work, and where the workers' shares cut it.
