@@ -204,7 +204,8 @@ def make_share(total: int, smallest: int, num_workers: int) -> Fraction:
         if total == smallest and pieces > 1:
             cost = ITEM_COST + pieces * most * chunk
     even = Fraction(cost, max(1, pieces))
-    return even if even - least <= min(Fraction(least, 24), ITEM_COST) else Fraction(least)
+    more = even - least
+    return even if more * 24 <= least and more <= ITEM_COST else Fraction(least)
 
 
 class _Tile(NamedTuple):
