@@ -123,6 +123,10 @@ class Capacity:
             raise ArgumentError(describe("query heads", f"a multiple of the {self.h_kv} kv heads", str(self.h_q)))
         if self.num_workers > MAX_WORKERS:
             raise ArgumentError(describe("Capacity.num_workers", f"at most {MAX_WORKERS}", str(self.num_workers)))
+        # A block finds its worker by a multiplication, `Divisor` in csrc/core/params.h.
+        if self.static_grid and self.num_workers * self.h_kv**2 >= 1 << 32:
+            most = ((1 << 32) - 1) // self.h_kv**2
+            raise ArgumentError(describe("workers of a static grid", f"at most {most}", str(self.num_workers)))
         if self.chunk_size != CHUNK_SIZE:
             raise ArgumentError(describe("Capacity.chunk_size", str(CHUNK_SIZE), str(self.chunk_size)))
 

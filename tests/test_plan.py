@@ -239,3 +239,12 @@ def test_one_sequence_is_cut_at_multiples(length: int, chunks: int) -> None:
     assert chunks == -(-total // 66)
     assert [item[3] for item in items] == list(range(0, total, chunks))
     assert chunks != GROUP_CHUNKS or header[2] == len(items)
+
+
+def test_a_static_grid_past_what_a_block_can_divide_is_an_error() -> None:
+    sizes = {"max_batch": 1, "max_q_tokens": 1, "max_seq_len": 1, "total_tokens": 1, "h_q": 128, "h_kv": 128}
+    room = {"head_dim": 128, "page_size": 64, "num_workers": 1 << 18}
+    assert Capacity(**sizes, **room).num_workers == 1 << 18
+    assert Capacity(**sizes, **room | {"num_workers": (1 << 18) - 1}, static_grid=True).static_grid
+    with pytest.raises(ArgumentError, match="workers of a static grid: expected at most 262143, got 262144"):
+        Capacity(**sizes, **room, static_grid=True)
