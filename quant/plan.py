@@ -5,7 +5,8 @@ on the sequence's own length alone. On a GPU the chunks of a sequence with few n
 groups of `GROUP_CHUNKS`, counted from token 0; elsewhere all chunks of a tile are one group. A row's result is the fold of
 its groups, left to right, each the fold of its chunks. A run of chunks from a group's first one is folded in registers and
 gives one partial; any other run writes one partial per chunk; the merge reads them in chunk order. All cuts give the same
-bits, so the planner is free to choose them.
+bits, so the planner is free to choose them. Where there are groups, tiles without, of prompts, are cut only if
+they are more than a worker's share and the workspace has room for all.
 
 A tile costs its tokens, in units of 64, and `ITEM_COST` for what comes beside them. All tiles lie in a row of cost; its
 first chunk lies where the tile begins, the others `ITEM_COST` later. Shares of the row are equal, but for a 24th, and no more
@@ -40,8 +41,10 @@ MAX_WORKERS = 1 << 20
 _STATUS = 4  # of the header; csrc/core/schedule.h has the values
 CHUNK_SIZE = 256
 GROUP_CHUNKS = 8
-# Query rows up to which a GPU keeps a sequence's chunks in groups; csrc/cuda/attend_shape.cuh has the same number.
-GROUPED_ROWS = 8
+# Query rows up to which a GPU keeps a sequence's chunks in groups: those of one tile.
+GROUPED_ROWS = 64
+# Partials for which drafts and short prompts have room, at the most; a tile whose partials find none is not cut.
+SHORT_PARTIALS = 1 << 14
 # What a planner counts: tokens in units of COST_TOKENS, and what a tile costs beside them.
 COST_TOKENS, ITEM_COST = 64, 4
 # Query rows of a tile: what the CPU keeps in registers; what a block on a GPU makes one pass over the keys with.
@@ -146,13 +149,20 @@ class Capacity:
     @property
     def max_partials(self) -> int:
         """Partials of one query token each that the workspace holds: an even number, so that outputs are 16-byte aligned."""
-        wanted = _ceil_div(self.total_tokens, self.chunk_size) + min(self.max_q_tokens, self.max_batch * self.tile_q)
+        chunks = _ceil_div(self.total_tokens, self.chunk_size)
+        wanted = chunks + min(self.max_q_tokens, self.max_batch * self.tile_q)
+        if self.chunk_groups:
+            # Sequences of even length: a partial a group, and about four for each cut, which leaves the rest of a group alone.
+            q_len = _ceil_div(self.max_q_tokens, self.max_batch)
+            cut = _ceil_div(chunks, GROUP_CHUNKS) + GROUP_CHUNKS // 2 * self.num_workers
+            parts = min(chunks, cut) if q_len <= self.grouped_q else chunks
+            wanted = max(wanted, min(q_len * (parts + self.max_batch), SHORT_PARTIALS))
         return wanted + wanted % 2
 
     @property
     def grouped_q(self) -> int:
         """New tokens of a sequence up to which its chunks come in groups."""
-        return GROUPED_ROWS * self.h_kv // self.h_q if self.chunk_groups else 0
+        return min(self.tile_q, GROUPED_ROWS * self.h_kv // self.h_q) if self.chunk_groups else 0
 
     @property
     def limits(self) -> PlanLimits:
@@ -170,7 +180,7 @@ class Capacity:
     def workspace_floats(self) -> int:
         """fp32 numbers of the workspace: per partial and query head the running maximum, the sum, and `d` outputs; then, per
         sequence and kv head, the fold over groups that a GPU's block is at."""
-        groups = self.max_batch * self.h_kv * 128 * (8 * _ceil_div(self.head_dim, 128) + 4)
+        groups = self.max_batch * self.h_kv * 128 * (64 + 4)
         return self.max_partials * self.h_q * (self.head_dim + 2) + groups
 
 
@@ -272,6 +282,8 @@ def reference_plan(
             tiles.append(_Tile(b, q_begin, q_count, keys, where, total))
             total += tiles[-1].cost
     share = make_share(total, min((tile.cost for tile in tiles), default=0), limits.num_workers)
+    alone = sum((tile.chunks[1] - tile.chunks[0]) * tile.q_count for tile in tiles if tile.where[-1] == 0)
+    room = alone <= limits.max_partials
     items: list[list[int]] = []
     merges: list[list[int]] = []
     begins: list[int] = []  # where in all cost each item begins
@@ -279,7 +291,9 @@ def reference_plan(
     for tile in tiles:
         b, q_begin, q_count, _, where, _ = tile
         first, last = tile.chunks
-        group, cuts = where[-1], tile.cuts(share)
+        group = where[-1]
+        whole = limits.grouped_q > 0 and group == 0 and (tile.cost <= share or not room)
+        cuts = [] if whole else tile.cuts(share)
         if cuts:
             parts = tile.parts(group, cuts, first, last)
             fits = wanted + parts * q_count <= limits.max_partials

@@ -139,7 +139,7 @@ def test_a_plan_still_holds_where_nothing_it_depends_on_has_changed() -> None:
 def test_a_workspace_too_small_is_an_error() -> None:
     batch = make_ragged(Source(SPECS["c8"], 1, 8, 16), [(2000, 1)])
     plan = batch.plan(num_workers=16)
-    groups = 128 * (8 + 4)  # of one sequence and kv head
+    groups = 128 * (64 + 4)  # of one sequence and kv head
     plan.workspace = plan.workspace[: 2 * 8 * 18 + groups]
     with fails("workspace: expected room for 8 partials, got 2; use the workspace of the Plan that was updated"):
         batch.attend(plan)

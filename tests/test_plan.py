@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -198,7 +199,7 @@ def test_sizes_are_functions_of_the_capacity(h_q: int, h_kv: int, tile: int) -> 
     assert (
         capacity.max_partials in (157 + min(96, 32 * tile), 158 + min(96, 32 * tile)) and capacity.max_partials % 2 == 0
     )
-    assert capacity.workspace_floats == capacity.max_partials * h_q * 130 + 32 * h_kv * 128 * 12
+    assert capacity.workspace_floats == capacity.max_partials * h_q * 130 + 32 * h_kv * 128 * 68
     plan = Plan(capacity)
     assert plan.buffer.shape == (capacity.plan_ints,) and plan.workspace.shape == (capacity.workspace_floats,)
     longer = Capacity(32, 96, 1048576, 40000, h_q, h_kv, 128, 64, num_workers=10)
@@ -248,3 +249,23 @@ def test_a_static_grid_past_what_a_block_can_divide_is_an_error() -> None:
     assert Capacity(**sizes, **room | {"num_workers": (1 << 18) - 1}, static_grid=True).static_grid
     with pytest.raises(ArgumentError, match="workers of a static grid: expected at most 262143, got 262144"):
         Capacity(**sizes, **room, static_grid=True)
+
+
+@pytest.mark.parametrize(("batch", "length", "q_len"), [(1, 32768, 4), (1, 4096, 4), (8, 8192, 8), (4, 32768, 16)])
+def test_drafts_on_few_sequences_are_shared_by_all_workers(batch: int, length: int, q_len: int) -> None:
+    room = Capacity(batch, batch * q_len, length, batch * length, 32, 8, 128, 64, 66, tile_rows=64, chunk_groups=True)
+    header, items, merges = planned(Step(room, [length] * batch, [q_len] * batch))
+    assert len(merges) == batch and len(items) == min(64, batch * length // CHUNK_SIZE)
+    assert max(item[4] - item[3] for item in items) <= -(-header[10] // (CHUNK_SIZE // COST_TOKENS)) + 1
+
+
+def test_tiles_of_prompts_are_cut_where_they_are_more_than_a_share() -> None:
+    """Their chunks have a partial each; a few tiles over a long past are worth it, many tiles are not."""
+    few = Capacity(1, 64, 32768, 32768, 32, 8, 128, 64, 66, tile_rows=64, chunk_groups=True)
+    _, items, merges = planned(Step(few, [32768], [64]))
+    assert len(merges) == 4 and len(items) >= 60
+    _, items, merges = planned(Step(replace(few, total_tokens=1), [32768], [64]))
+    assert not merges and len(items) == 4  # without room for all of them none is cut
+    many = Capacity(16, 8192, 4096, 65536, 32, 8, 128, 64, 66, tile_rows=64, chunk_groups=True)
+    _, items, merges = planned(Step(many, [4096] * 16, [512] * 16))
+    assert not merges and len(items) == 512

@@ -139,7 +139,7 @@ AttendParams attend_params(const AttendTensors& t, double softmax_scale, int64_t
   p.plan = static_cast<const int32_t*>(t.plan.const_data_ptr());
   p.plan_ints = t.plan.size(0);
   p.workspace = static_cast<float*>(t.workspace.mutable_data_ptr());
-  const int64_t groups = int64_t{p.batch} * p.h_kv * group_floats(p.d), floats = t.workspace.size(0) - groups;
+  const int64_t groups = int64_t{p.batch} * p.h_kv * kGroupFloats, floats = t.workspace.size(0) - groups;
   p.max_partials = floats > 0 ? floats / partial_floats(p.h_q, p.d) / 2 * 2 : 0;  // outputs are 16-byte aligned
   check(softcap >= 0.0, "softcap: expected a number >= 0, got ", softcap);
   p.softmax_scale = static_cast<float>(softmax_scale);

@@ -67,7 +67,7 @@ struct AttendParams {
   const int32_t* cu_seqlens_q;  // [batch + 1]
   const int32_t* seq_starts;    // [batch], nullable
   const int32_t* plan;
-  float* workspace;             // max_partials * partial_floats(h_q, d), then batch * h_kv * group_floats(d)
+  float* workspace;             // max_partials * partial_floats(h_q, d), then batch * h_kv * kGroupFloats
   void* out;                    // [num_rows, h_q, d] contiguous, dtype of q
   float* lse;                   // [num_rows, h_q], nullable
   const float* sinks;           // [h_q], nullable
@@ -78,6 +78,7 @@ struct AttendParams {
   int64_t plan_ints;            // numbers in `plan`
   uint32_t max_page;            // the last page of the pools
   bool joins;                   // on a GPU: the last block of a tile that is cut merges it; else combine does
+  bool copies_queries;          // on a GPU: heads of q are 16-bit numbers that can be copied 16 bytes at a time
   int grid_workers;             // on a GPU: blocks for each kv head; 0 for as many as the device holds
 };
 

@@ -192,12 +192,24 @@ FOLDKV_HD constexpr int tile_cost(KeyRange keys) {
   return kItemCost + ceil_div(keys.end, kCostTokens) - keys.begin / kCostTokens;
 }
 
-FOLDKV_HD inline TileCuts cut_tile(const Share& share, int at, KeyRange keys) {
+// The cost up to which tiles whose chunks do not come in groups stay whole, where others' do: they would have a partial for each
+// chunk, `wanted` all together, so they are cut only where they are more than a worker's share, and all of them find room.
+FOLDKV_HD constexpr int whole_cost(const Share& share, int64_t wanted, int64_t max_partials) {
+  return wanted <= max_partials ? share.num / share.den : 0x7fffffff;
+}
+// What a tile adds to that.
+FOLDKV_HD constexpr int64_t chunk_partials(KeyRange keys, int q_count, int group) {
+  const ChunkSpan chunks = chunks_of(keys);
+  return group > 0 ? 0 : int64_t{chunks.end - chunks.begin} * q_count;
+}
+
+// whole: the cost up to which the tile is not cut.
+FOLDKV_HD inline TileCuts cut_tile(const Share& share, int at, KeyRange keys, int whole) {
   const ChunkSpan chunks = chunks_of(keys);
   TileCuts t{
       at, tile_cost(keys), kItemCost - keys.begin / kCostTokens, chunks.begin, chunks.end, share.worker_of(at), 0, 0,
       0};
-  t.cut = t.last - t.first > 1 ? t.chunk_at(share.begin_of(t.worker + 1), t.first) : t.last;
+  t.cut = t.last - t.first > 1 && t.cost > whole ? t.chunk_at(share.begin_of(t.worker + 1), t.first) : t.last;
   t.cut_worker = t.cut < t.last ? share.worker_of(t.place(t.cut)) : t.worker;
   t.cuts = t.cut < t.last ? 1 + share.worker_of(t.place(t.last - 1)) - t.cut_worker : 0;
   return t;
@@ -207,6 +219,6 @@ FOLDKV_HD inline TileCuts cut_tile(const Share& share, int at, KeyRange keys) {
 FOLDKV_HD constexpr int64_t partial_floats(int h_q, int d) { return static_cast<int64_t>(h_q) * (d + 2); }
 
 // Behind them, for each sequence and kv head: what 128 threads have of a fold over groups.
-FOLDKV_HD constexpr int group_floats(int d) { return 128 * (8 * ceil_div(d, 128) + 4); }
+constexpr int kGroupFloats = 128 * (64 + 4);
 
 }  // namespace foldkv

@@ -30,12 +30,13 @@ void for_tiles(const PlanParams& p, Fn fn) {
 }  // namespace
 
 bool plan(const PlanParams& p) {
-  int64_t cost = 0, tiles = 0;
+  int64_t cost = 0, tiles = 0, alone = 0;
   int smallest = 0;
   for_tiles(p, [&](const Tile& tile) {
     const int here = tile_cost(tile.keys);
     smallest = tiles == 0 || here < smallest ? here : smallest;
     cost += here;
+    alone += chunk_partials(tile.keys, tile.q_count, tile.group);
     ++tiles;
   });
   if (tiles > p.max_tiles) return false;
@@ -43,6 +44,7 @@ bool plan(const PlanParams& p) {
   const Share share = make_share(static_cast<int>(cost), smallest, p.num_workers);
   const int item_at = static_cast<int>(plan_item_at(p.num_workers, p.max_tiles, p.kv_heads)),
             merge_at = item_at + kPlanEntry * p.max_items;
+  const int whole = whole_cost(share, alone, p.max_partials);
   int32_t* workers = p.plan + kPlanHeader;
   auto* items = reinterpret_cast<WorkItem*>(p.plan + item_at);
   auto* merges = reinterpret_cast<MergeItem*>(p.plan + merge_at);
@@ -50,7 +52,7 @@ bool plan(const PlanParams& p) {
   int64_t wanted = 0, used = 0;
   int begun = 0;
   for_tiles(p, [&](const Tile& tile) {
-    const TileCuts t = cut_tile(share, begun, tile.keys);
+    const TileCuts t = cut_tile(share, begun, tile.keys, p.grouped_q > 0 && tile.group == 0 ? whole : 0);
     begun += t.cost;
     int64_t partial = -1;
     if (t.cuts > 0) {

@@ -49,6 +49,8 @@ extern "C" int foldkv_cuda_append_attention(const foldkv::AttendParams* params, 
   const int64_t all = static_cast<int64_t>(p.num_rows) * (p.h_q / p.h_kv), batch = p.batch > 0 ? p.batch : 1;
   const int rows = static_cast<int>((all + batch - 1) / batch);
   p.joins = rows <= kNarrowRows;
+  p.copies_queries = p.q.dtype != foldkv::DType::Float32 && reinterpret_cast<uintptr_t>(p.q.data) % 16 == 0 &&
+                     p.q.token_stride % 8 == 0 && p.q.head_stride % 8 == 0;
   const int lanes = p.grid_workers > 0 ? p.grid_workers : kBlocksPerSm * device.num_sms / p.h_kv;
   const int num_blocks = (lanes > 0 ? lanes : 1) * p.h_kv;
   const cudaError_t error = variant->launch(device, p, rows, num_blocks, stream);

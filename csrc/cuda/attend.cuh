@@ -12,11 +12,15 @@
 namespace foldkv::cuda {
 
 template <class S, class K, class V, int D>
-__device__ __forceinline__ void run_items(const AttendParams& p, Queue<S, K, V>& queue) {
+__device__ __forceinline__ void run_items(const AttendParams& p, Queue<S, K, V>& queue, const WorkItem* items) {
   using Q = Queries<S, K, D>;
-  queue.start(Q::current().item, static_cast<int>(Q::current().item_end - Q::current().item));
+  queue.start(items, Q::current().left);
+  copy_wait<Queue<S, K, V>::kAsked>();  // for parameters
 #pragma unroll 1
   while (Q::next_pass(p)) {
+    // Blocks without work have left, so those of the next kernel spread evenly: with the signal at the start 1 x 4096 had all its
+    // blocks on half the multiprocessors.
+    let_next_begin();
     const int tiles = Q::current().pass.tiles;
     if (tiles == 0) {
       Narrow<S, K, V, D>(p, queue).run();
@@ -46,16 +50,23 @@ __device__ __forceinline__ void fill_rows(const AttendParams& p, int begin, floa
   }
 }
 
+// Blocks of a launch that overlaps the one before come first to multiprocessors where that has none with work, and only then to all
+// in turn. So where workers are few they are not those of the first blocks: each is to have a multiprocessor of its own.
+__device__ __forceinline__ int first_worker(const AttendParams& p) {
+  const int at = p.kv_heads.divide(block_index()), all = p.kv_heads.divide(gridDim.x), skipped = all / 4 + 2;
+  return skipped >= all ? at : at >= skipped ? at - skipped : at - skipped + all;
+}
+
 // Grid: any multiple of h_kv. Block b serves kv head b % h_kv and every (gridDim / h_kv)-th worker.
 template <class K, class V, int D, int kMaxRows>
 __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPerSm)
     attend_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ TileMaps maps) {
   using S = Shape<K, V, D, kMaxRows>;
   const int32_t* plan = p.plan;
-  int worker = p.kv_heads.divide(block_index());
-  const int kv_head = block_index() - worker * p.h_kv;
+  int worker = first_worker(p);
+  int kv_head = block_index() - p.kv_heads.divide(block_index()) * p.h_kv;
+  Queue<S, K, V>::set_up(maps);
   wait_for_previous();
-  let_next_begin();
   // All that can be known at once is asked for at once: each wait for memory delays a short batch as a whole. The worker's
   // entry may lie past the table, but not past the plan, which has more entries than workers.
   const int4 head = *reinterpret_cast<const int4*>(plan + kStatus),
@@ -71,29 +82,32 @@ __global__ void __launch_bounds__(kThreads, Shape<K, V, D, kMaxRows>::kBlocksPer
     return;
   }
   using Q = Queries<S, K, D>;
-  {
-    if (worker >= more.y) end = begin;
-    const auto* items = reinterpret_cast<const WorkItem*>(plan + more.x);
-    if (begin < end) Q::prefetch_rows(p, items[begin], kv_head, opaque(threadIdx.x));
-    Q::begin_items(worker, items + begin, items + end);
-    Current& now = Q::mutable_current();
-    if (threadIdx.x == 0)
-      now.num_workers = more.y, now.items_at = more.x, now.merges_at = merges_at, now.tail = tail,
-      S::kv_head() = kv_head;
-  }
   Queue<S, K, V> queue(p, maps);
+  if (worker >= more.y) end = begin;
+  const auto* items = reinterpret_cast<const WorkItem*>(plan + more.x);
+  if (threadIdx.x == 0) {
+    Current& now = Q::mutable_current();
+    now.num_workers = more.y, now.items_at = more.x, now.merges_at = merges_at, now.tail = tail;
+    S::kv_head() = kv_head;
+  }
 #pragma unroll 1
   while (true) {
+    WorkItem item{};
+    if (begin < end) {
+      item = load_item(items + begin);
+      Q::fetch_params(p, kv_head);
+      queue.open(item, items + begin, end - begin);
+    }
+    Q::begin_items(p, worker, item, items + begin, end - begin, kv_head);
     __syncthreads();
     const Current& now = Q::current();
-    if (now.item < now.item_end) run_items<S, K, V, D>(p, queue);
+    if (now.left > 0) run_items<S, K, V, D>(p, queue, items + begin);
     worker = now.worker + p.kv_heads.divide(gridDim.x);
     if (worker >= now.num_workers) break;
-    const auto* items = reinterpret_cast<const WorkItem*>(p.plan + now.items_at);
+    items = reinterpret_cast<const WorkItem*>(p.plan + now.items_at), kv_head = S::kv_head();
     const int32_t* next = p.plan + kPlanHeader + worker;
     begin = next[0], end = next[1];
     __syncthreads();  // all have read what is now written anew
-    Q::begin_items(worker, items + begin, items + end);
   }
   fill_rows<D>(p, Q::current().tail, 0.0f, -INFINITY);
 }

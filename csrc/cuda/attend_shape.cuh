@@ -28,12 +28,12 @@ struct Swizzle {
 constexpr int kNarrowRows = 8, kWideRows = 16;
 constexpr int kNarrowBlock = 256, kWideBlock = 64;
 
-// Blocks of the decode kernel that a multiprocessor holds; before sm_90 there is shared memory for no more than two, and
-// registers need not be saved for a fourth.
+// What code is for: sm_90 has a copy engine, and shared memory for four blocks of the decode kernel. Before that there is room for
+// two on many a card, and registers need not be saved for a fourth. The host sees the newer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMostBlocks = 3;
+constexpr bool kSm90 = false;
 #else
-constexpr int kMostBlocks = 4;
+constexpr bool kSm90 = true;
 #endif
 
 // All of a block's shared memory; the copy engine swizzles by address, in tiles of at most 1 KB.
@@ -46,7 +46,7 @@ struct RowInfo;
 
 // K, V: codecs. MaxRows: query rows that share a pass over the keys: 16 (decode; most blocks a multiprocessor), or 64
 // (drafts, large query groups, prefill; 32 for twice the channels).
-template <class K, class V, int D, int MaxRows>
+template <class K, class V, int D, int MaxRows, bool Sm90 = kSm90>
 struct Shape {
   static constexpr int kMaxRows = MaxRows;
   static constexpr bool kVInteger = V::kInteger;
@@ -59,11 +59,7 @@ struct Shape {
 
   // Whether the copy engine fills the slots.
   static constexpr bool kWholeRows = KSwizzle::kTiles && VSwizzle::kTiles;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  static constexpr bool kTiles = kWholeRows;
-#else
-  static constexpr bool kTiles = false;
-#endif
+  static constexpr bool kTiles = Sm90 && kWholeRows;
 
   // The queue of tokens on their way from memory: slots of K codes with the scales of K and V, or of V codes. Slots of 16 KB where
   // a chunk has as many tokens: fewer barriers.
@@ -121,13 +117,21 @@ struct Shape {
   static constexpr int kQueryAt = kStages * kSlotBytes;
   static constexpr int kOutAt = kQueryAt;
   static constexpr int kWeightAt = kQueryAt + kNarrowRows * kQueryRow;
-  // Rows of a tile that was cut, each warp's: a row, factors, and 4 partials; see join.cuh.
-  static constexpr int kJoinBytes = kDecode ? kWarps * (5 * 4 * D + 512) : 0;
-  static constexpr int kRowsAt =
+  // Rows of a tile that was cut, each warp's: factors, and some partials; see join.cuh.
+  static constexpr int kJoinTurn = D == 96 ? 2 : 4, kJoinBytes = kDecode ? kWarps * (512 + kJoinTurn * 4 * D) : 0;
+  // What stays for all of a block's items: parameters of its kv head, [4][D] fp32, of K and of V; where there is room.
+  static constexpr bool kKeepsParams = Sm90;
+  static constexpr int kParamBytes = kKeepsParams ? 4 * 4 * D : 0;
+  static constexpr int kKParamsAt =
       kQueryAt + larger(larger(larger(kQueryBytes, kOutBytes), larger(kNarrowBytes, kWideBytes)), kJoinBytes);
+  static constexpr int kVParamsAt = kKParamsAt + (K::kInteger ? kParamBytes : 0);
+  // Query rows of the item that comes next, as they are in memory; where there is room.
+  static constexpr bool kCopiesRows = kTiles && D != 96;
+  static constexpr int kNextAt = kVParamsAt + (V::kInteger ? kParamBytes : 0);
+  static constexpr int kRowsAt = kNextAt + (kCopiesRows ? kNarrowRows * kQueryRow : 0);
   using Rows = RowInfo<kRowsAt, kMaxRows>;
   static constexpr int kCursorAt = kRowsAt + Rows::kBytes;
-  static constexpr int kCursorBytes = 96, kPassBytes = 120;
+  static constexpr int kCursorBytes = 96, kPassBytes = 288;
   static constexpr int kPassAt = kCursorAt + kWarps * kCursorBytes;
   static constexpr int kHeadAt = kPassAt + kPassBytes, kSharedBytes = kHeadAt + 4;
   // Where the copy engine fills slots, cursors are smaller, and the slots' barriers have the rest of their place.
@@ -141,7 +145,7 @@ struct Shape {
   static constexpr int kBlocksPerSm = !kDecode                   ? (kSharedBytes <= 113 << 10 ? 2 : 1)
                                       : D > 128                  ? 2
                                       : D == 64 && kKRow > kVRow ? 3  // two kinds of copies take registers
-                                      : kSharedBytes <= 56 << 10 ? kMostBlocks
+                                      : kSharedBytes <= 56 << 10 ? (Sm90 ? 4 : 3)
                                       : kSharedBytes <= 74 << 10 ? 3
                                                                  : 2;
 
@@ -179,6 +183,19 @@ struct RowInfo {
   __device__ static float2* run_state() { return narrow<float2, 4 * kWarps>(); }
   static constexpr int kBytes = (8 * kRows + 8 * kWarps * kNarrowRows) * 4;
 };
+
+// An item of the plan; all loads at once.
+__device__ __forceinline__ WorkItem load_item(const WorkItem* item) {
+  WorkItem now;
+  auto* to = reinterpret_cast<uint4*>(&now);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(now) / 16); ++i) {
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[i].x), "=r"(to[i].y), "=r"(to[i].z), "=r"(to[i].w)
+                 : "l"(reinterpret_cast<const uint4*>(item) + i));
+  }
+  return now;
+}
 
 // One pass over the keys for up to max_rows query rows of an item.
 struct Pass {

@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kThreads)
     float x[D / 32];
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) x[i] = staged.row[32 * i + lane];
-    finish_row<D>(p, integer, item.q_row + token, head, p.group.divide(head), row.max, row.total, boost, x, lane);
+    finish_row<D>(p, integer, item.q_row + token, head, head_params(p, p.v_cache, p.group.divide(head), lane), row.max,
+                  row.total, boost, x, lane);
   }
 }
 

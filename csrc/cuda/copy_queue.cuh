@@ -38,6 +38,9 @@ class CopyQueue {
     copies_scales_ = (warp == 0 && p.k_cache.format.dynamic) || (warp == 1 && p.v_cache.format.dynamic);
   }
 
+  __device__ __forceinline__ static void set_up(const TileMaps&) {}
+  __device__ __forceinline__ void open(const WorkItem&, const WorkItem*, int) const {}
+  static constexpr int kAsked = S::kStages - 1;  // groups of cp.async that a start leaves on their way
   // Begin a worker's items; all threads have left the slots.
   __device__ __forceinline__ void start(const WorkItem* item, int items) {
     if (threadIdx.x % 32 == 0) {

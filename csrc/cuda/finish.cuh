@@ -27,32 +27,31 @@ __device__ __forceinline__ Rescale rescale(int max_a, int max_b) {
 // a * scale_a + b * scale_b; the products are exact.
 __device__ __forceinline__ float fold(float a, float b, const Rescale& r) { return fmaf(b, r.b, __fmul_rn(a, r.a)); }
 
-// Ask for the parameters of one kv head; 64 bytes a thread.
-__device__ __forceinline__ void prefetch_params(const AttendParams& p, const float* params, int d, int kv_head,
-                                                unsigned thread) {
-  const int at = static_cast<int>(thread) * 16;
-  if (at < kNumParamRows * d) prefetch(params + (static_cast<int64_t>(at / d) * p.h_kv + kv_head) * d + at % d);
-}
+// Parameters of one kv head: of a lane's channels, and how many floats further on those of the next kind are.
+struct HeadParams {
+  const float* lane;
+  int stride;
+  __device__ __forceinline__ float at(ParamRow row, int slice) const { return lane[row * stride + 32 * slice]; }
+};
 
 // Undo V's transform, weigh in the sink, normalise, write; x is used up. The state: x [D] and total, both times
 // 2^(max - boost). Static zeros are still in x; dynamic ones are out.
 template <int D>
-__device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, int row, int head, int kv_head, int max,
-                                           float total, float boost, float (&x)[D / 32], int lane) {
-  const Cache& v = p.v_cache;
+__device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, int row, int head,
+                                           const HeadParams& params, int max, float total, float boost,
+                                           float (&x)[D / 32], int lane) {
   if (integer) {
-    const float* params = v.params + static_cast<int64_t>(kv_head) * D + lane;
-    const int64_t stride = static_cast<int64_t>(p.h_kv) * D;
-    if (!v.format.dynamic) {
+    const Format& format = p.v_cache.format;
+    if (!format.dynamic) {
 #pragma unroll
       for (int i = 0; i < D / 32; ++i) {
-        x[i] = (x[i] - params[kZero * stride + 32 * i] * total) * params[kScale * stride + 32 * i];
+        x[i] = (x[i] - params.at(kZero, i) * total) * params.at(kScale, i);
       }
     }
-    if (v.format.rotate) hadamard_row<D>(x, lane);
+    if (format.rotate) hadamard_row<D>(x, lane);
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
-      x[i] = x[i] * params[kBalance * stride + 32 * i] + params[kMean * stride + 32 * i] * total;
+      x[i] = x[i] * params.at(kBalance, i) + params.at(kMean, i) * total;
     }
   }
   if (p.sinks != nullptr) {
@@ -75,6 +74,22 @@ __device__ __forceinline__ void finish_row(const AttendParams& p, bool integer, 
   }
 }
 
+__device__ __forceinline__ HeadParams head_params(const AttendParams& p, const Cache& cache, int kv_head, int lane) {
+  return {cache.params + kv_head * p.d + lane, p.h_kv * p.d};
+}
+// Those of the block's kv head, which may lie in shared memory.
+template <class S, int D>
+__device__ __forceinline__ HeadParams block_params(const AttendParams& p, const Cache& cache, int at, int lane) {
+  if constexpr (S::kKeepsParams) return {reinterpret_cast<const float*>(shared_memory + at) + lane, D};
+  return head_params(p, cache, S::kv_head(), lane);
+}
+// Ask for the parameters of one kv head; 64 bytes a thread.
+__device__ __forceinline__ void prefetch_params(const AttendParams& p, const float* params, int d, int kv_head,
+                                                unsigned thread) {
+  const int at = static_cast<int>(thread) * 16;
+  if (at < kNumParamRows * d) prefetch(params + (at / d * p.h_kv + kv_head) * d + at % d);
+}
+
 // The same for row r of the current pass, by a warp: its output lies in shared memory.
 template <class S, class V, int D>
 __device__ __forceinline__ void finish_staged(const AttendParams& p, int q_row, const float* out, int r, int max,
@@ -85,8 +100,16 @@ __device__ __forceinline__ void finish_staged(const AttendParams& p, int q_row, 
   for (int i = 0; i < D / 32; ++i) x[i] = out[32 * i + lane];
   // A query that is not finite gives NaN even where it sees nothing.
   const float bad = Rows::bad()[r];
-  finish_row<D>(p, V::kInteger, q_row + Rows::token()[r], Rows::head()[r], S::kv_head(),
-                max == kEmpty && isnan(bad) ? 0 : max, total + bad, V::Math::kBoost, x, lane);
+  finish_row<D>(p, V::kInteger, q_row + Rows::token()[r], Rows::head()[r],
+                block_params<S, D>(p, p.v_cache, S::kVParamsAt, lane), max == kEmpty && isnan(bad) ? 0 : max,
+                total + bad, V::Math::kBoost, x, lane);
+}
+
+// What this thread has of the fold over a sequence's groups, in the workspace: two rows' states, and outputs.
+template <int D>
+__device__ __forceinline__ float* groups_at(const AttendParams& p, int seq, int kv_head) {
+  const int64_t index = static_cast<int64_t>(seq) * p.h_kv + kv_head;
+  return p.workspace + p.max_partials * partial_floats(p.h_q, D) + index * kGroupFloats + threadIdx.x;
 }
 
 // A partial's state: twice its maximum, and 1 more where it begins a group of chunks, as the bits of an int; and its total.

@@ -11,19 +11,20 @@
 
 namespace foldkv::cuda {
 
-// Adds 1; what this thread, and those that met it at a barrier, wrote before is there for whoever finds it added and fences.
+// Adds 1. What those that added before, and the threads that met them at a barrier, wrote is there for this thread and those that
+// meet it at one.
 __device__ __forceinline__ int arrive(int32_t* count) {
   int before;
-  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
   return before;
 }
 
 // Where partials lie while a warp folds them, by turns of kTurn: one turn in room of the join's own, several where the worker
-// has nothing more to attend to and the queue's slots are free. Each lane reads what it has copied itself.
+// has nothing more to attend to and the queue's slots are free. Each lane reads what it has copied itself. The row that comes of
+// them takes the first one's place.
 template <class S, int D>
 struct JoinRoom {
-  static constexpr int kTurn = 4, kTurns = D > 128 ? 2 : 4, kPart = D * 4;  // bytes of a partial
-  float row[D];
+  static constexpr int kTurn = S::kJoinTurn, kTurns = D > 128 ? 2 : 4, kPart = D * 4;  // bytes of a partial
   Factor factors[kFactors];
   float parts[kTurn][D];
   static_assert(kWarps * kTurns * kTurn * kPart <= S::kStages * S::kSlotBytes, "slots have room for them");
@@ -33,7 +34,7 @@ struct JoinRoom {
   }
 };
 
-// One query row and head by a warp; a lane has 4 channels of each 128. They end in room.row, the state is returned. `free`: the
+// One query row and head by a warp; a lane has 4 channels of each 128. They end in room.parts[0], the state is returned. `free`: the
 // slots are.
 template <class S, int D>
 __device__ __forceinline__ float2 fold_parts(const AttendParams& p, const MergeItem& tile, int token, int head,
@@ -51,15 +52,16 @@ __device__ __forceinline__ float2 fold_parts(const AttendParams& p, const MergeI
   const float* from = first.out + 4 * lane;
   int asked = 0;
   uint32_t to = begin;
-  // Past the last partial there are zeros.
+  // Past the last partial there are zeros, to the end of its turn.
   const auto ask = [&] {
+    if (asked < parts) {
 #pragma unroll
-    for (int i = 0; i < kTurn; ++i, from += stride * D) {
+      for (int i = 0; i < kTurn; ++i, from += stride * D) {
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-        if (D % 128 == 0 || 128 * e + 4 * lane < D) {
-          const bool there = asked + i < parts;
-          copy_async(to + i * Room::kPart + 512 * e, there ? from + 128 * e : first.out, there ? 16 : 0);
+        for (int e = 0; e < kEach; ++e) {
+          if (D % 128 == 0 || 128 * e + 4 * lane < D) {
+            copy_async(to + i * Room::kPart + 512 * e, from + 128 * e, asked + i < parts ? 16 : 0);
+          }
         }
       }
     }
@@ -88,28 +90,38 @@ __device__ __forceinline__ float2 fold_parts(const AttendParams& p, const MergeI
         copy_wait<0>();
       }
       uint4 part[kTurn][kEach] = {};
+      Factor factors[kTurn];
 #pragma unroll
       for (int i = 0; i < kTurn; ++i) {
 #pragma unroll
         for (int e = 0; e < kEach; ++e) {
           if (D % 128 == 0 || 128 * e + 4 * lane < D) part[i][e] = load_shared(to + i * Room::kPart + 512 * e);
         }
+        factors[i] = room.factors[turn + i];
       }
       ask();
-#pragma unroll
-      for (int i = 0; i < kTurn; ++i) {
-        const Factor f = room.factors[turn + i];
-        if ((starts >> i & 1) != 0) {
-          __syncwarp();  // a branch, and not both sides
-          row.close(f.before);
-        }
+      const auto close = [&](int i) {
+        if ((starts >> i & 1) == 0) return;
+        __syncwarp();  // a branch, and not both sides
+        row.close(factors[i].before);
+      };
+      const auto add = [&](int i) {
         float channels[4 * kEach];
 #pragma unroll
         for (int e = 0; e < kEach; ++e) {
           channels[4 * e] = __uint_as_float(part[i][e].x), channels[4 * e + 1] = __uint_as_float(part[i][e].y);
           channels[4 * e + 2] = __uint_as_float(part[i][e].z), channels[4 * e + 3] = __uint_as_float(part[i][e].w);
         }
-        row.add(f, channels);
+        row.add(factors[i], channels);
+      };
+      close(0);
+      if ((starts & ((1 << kTurn) - 2)) == 0) {  // no branches inside, for which a warp alone waits
+#pragma unroll
+        for (int i = 0; i < kTurn; ++i) add(i);
+      } else {
+        add(0);
+#pragma unroll
+        for (int i = 1; i < kTurn; ++i) close(i), add(i);
       }
     }
   }
@@ -119,7 +131,7 @@ __device__ __forceinline__ float2 fold_parts(const AttendParams& p, const MergeI
   for (int e = 0; e < kEach; ++e) {
     const int channel = 128 * e + 4 * lane;
     if (channel < D) {
-      *reinterpret_cast<float4*>(room.row + channel) =
+      *reinterpret_cast<float4*>(room.parts[0] + channel) =
           make_float4(row.x[4 * e], row.x[4 * e + 1], row.x[4 * e + 2], row.x[4 * e + 3]);
     }
   }
@@ -140,9 +152,7 @@ __device__ __forceinline__ bool is_last(const AttendParams& p, Current& now, Mer
     if (now.joined) *count = 0;
   }
   __syncthreads();
-  if (!now.joined) return false;
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  return true;
+  return now.joined;
 }
 
 // Rows become outputs, a warp each: those of a narrow pass that saw all chunks, which lie in shared memory, or of a tile whose
@@ -160,8 +170,8 @@ __device__ __forceinline__ void finish_rows(const AttendParams& p) {
   }
   const unsigned thread = opaque(threadIdx.x), warp = thread / 32;
   const int lane = thread % 32, rows = now.q_count * p.group.n;
-  const bool free = now.item + 1 == now.item_end;
-  static_assert(S::kRowsAt - S::kOutAt >= (S::kDecode ? kWarps * sizeof(JoinRoom<S, D>) : 0), "room for it");
+  const bool free = now.left == 0;
+  static_assert(S::kKParamsAt - S::kOutAt >= (S::kDecode ? kWarps * sizeof(JoinRoom<S, D>) : 0), "room for it");
 #pragma unroll 1
   for (int r = warp; r < rows; r += kWarps) {
     const int token = p.group.divide(r), head = S::kv_head() * p.group.n + r - token * p.group.n;
@@ -177,13 +187,13 @@ __device__ __forceinline__ void finish_rows(const AttendParams& p) {
       __syncwarp();
       state = fold_parts<S, D>(p, tile, token, head, room, free, warp, lane);
       __syncwarp();
-      row = room.row;
+      row = room.parts[0];
     }
     float x[D / 32];
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) x[i] = row[32 * i + lane];
-    finish_row<D>(p, V::kInteger, now.q_row + token, head, S::kv_head(), __float_as_int(state.x), state.y,
-                  V::Math::kBoost, x, lane);
+    finish_row<D>(p, V::kInteger, now.q_row + token, head, block_params<S, D>(p, p.v_cache, S::kVParamsAt, lane),
+                  __float_as_int(state.x), state.y, V::Math::kBoost, x, lane);
   }
   if constexpr (S::kTiles) before_copies();
 }

@@ -67,25 +67,13 @@ class Narrow {
 
   __device__ __forceinline__ static const Current& current() { return Queries<S, K, D>::current(); }
 
-  // Where the partial of a chunk goes, or of the group's chunks up to it: see quant/plan.py.
-  __device__ __forceinline__ static int partial_of(int chunk, bool folds) {
-    const Current& now = current();
-    const int first = now.chunk_begin >> now.group_shift, group = (chunk >> now.group_shift) - first;
-    int index = folds ? 0 : chunk - now.chunk_begin;
-    if (group > 0) {  // behind those of the item's first group
-      const int end = (first + 1) << now.group_shift;
-      index = (now.folds ? 1 : end - now.chunk_begin) + group - 1;
-    }
-    return now.first_partial + index * now.q_count;
-  }
-
   // A group's chunks up to `chunk`, or one chunk of it, are done.
   __device__ __forceinline__ void close_run(int chunk, bool last, State& run) const {
     const Current& now = current();
     const bool first_group = chunk >> now.group_shift == now.chunk_begin >> now.group_shift;
     if (now.first_partial >= 0) {
       const bool folds = now.folds || !first_group;
-      save(partial_of(chunk, folds), run, folds);
+      save(now.partial_of(chunk, folds), run, folds);
     } else {
       if (!first_group) recall(run);
       if (last) return;
@@ -423,11 +411,7 @@ class Narrow {
     });
   }
 
-  // What a thread has of the fold over groups, in the workspace: two rows' states, and outputs.
-  __device__ __forceinline__ float* kept() const {
-    const int64_t index = static_cast<int64_t>(current().seq) * p_.h_kv + S::kv_head();
-    return p_.workspace + p_.max_partials * partial_floats(p_.h_q, D) + index * group_floats(D) + threadIdx.x;
-  }
+  __device__ __forceinline__ float* kept() const { return groups_at<D>(p_, current().seq, S::kv_head()); }
 
   // run becomes the fold of the groups before, and it.
   __device__ __forceinline__ void recall(State& run) const {

@@ -17,13 +17,11 @@ class PairQueue : TileStream<S, K, V> {
   static constexpr int kNothing = S::kStageTokens, kEnd = -1;
 
  public:
-  using Base::clear_unseen, Base::drain;
+  using Base::clear_unseen, Base::drain, Base::kAsked, Base::open, Base::set_up;
 
   __device__ PairQueue(const AttendParams& p, const TileMaps& maps) : Base(p, maps), block_(0) {}
 
-  __device__ __forceinline__ void start(const WorkItem* item, int items) {
-    Base::begin(item, items);
-    __syncwarp();
+  __device__ __forceinline__ void start(const WorkItem*, int) {
     token_ = row_ = 0;
     ask_keys(0);
 #pragma unroll

@@ -35,6 +35,7 @@ struct CutTile {
 struct Shared {
   int64_t scan[2][kNumWarps];  // two, so that one barrier a scan is enough
   int smallest[kNumWarps];
+  int64_t alone[kNumWarps];
   int tile_at[kThreads + 1];  // first tile of each sequence, within this round of sequences
   int item_at[kThreads + 1];  // first item of each tile, within this round of tiles
   CutTile tiles[kThreads];
@@ -69,6 +70,13 @@ struct Scan {
     return x;
   }
 };
+
+// Of numbers from 0 to 2^47.
+__device__ __forceinline__ int64_t warp_sum(int64_t x) {
+  const unsigned low = __reduce_add_sync(kFullWarp, static_cast<unsigned>(x) & 0xfffff),
+                 high = __reduce_add_sync(kFullWarp, static_cast<unsigned>(x >> 20));
+  return (int64_t{high} << 20) + low;
+}
 
 // Index of the last of the n rising numbers at[0 .. n - 1] that is <= x; at[0] <= x.
 __device__ __forceinline__ int owner(const int* at, int n, int x) {
@@ -165,7 +173,12 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
   // How many tiles, and whether the lengths make sense.
   bool bad = false;
   int64_t tiles = 0;
-  for (int seq = thread; seq < p.batch; seq += kThreads) tiles += count_tiles(p, seq, bad);
+  bool others = false;  // sequences whose chunks do not come in groups, where some do
+  for (int seq = thread; seq < p.batch; seq += kThreads) {
+    tiles += count_tiles(p, seq, bad);
+    others = others || p.cu_seqlens_q[seq + 1] - p.cu_seqlens_q[seq] > p.grouped_q;
+  }
+  others = __syncthreads_or(others && p.grouped_q > 0);
   if (p.batch == 0 && thread == 0) bad = p.cu_seqlens_q[0] != 0;
   int64_t num_tiles;
   scan.exclusive(tiles, num_tiles);
@@ -174,18 +187,24 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
 
   // A worker's share of all cost.
   Tile held{};
-  int64_t mine = 0, cost;
+  int64_t mine = 0, cost, alone = 0;
   int smallest = INT_MAX;
   for_tiles(p, scan, held, 0, [&](bool valid, int) {
     mine += valid ? held.cost() : 0;
+    alone += valid ? chunk_partials(held.keys, held.q_count, held.group) : 0;
     smallest = min(smallest, valid ? held.cost() : INT_MAX);
   });
   smallest = __reduce_min_sync(kFullWarp, smallest);
   if (thread % 32 == 0) s.smallest[thread / 32] = smallest;
+  if (others) {
+    alone = warp_sum(alone);
+    if (thread % 32 == 0) s.alone[thread / 32] = alone;
+  }
   scan.exclusive(mine, cost);  // a barrier, too
   smallest = __reduce_min_sync(kFullWarp, s.smallest[thread % 32]);
   const Share share = make_share(static_cast<int>(cost), cost > 0 ? smallest : 0, p.num_workers);
 
+  const int whole = others ? whole_cost(share, warp_sum(s.alone[thread % 32]), p.max_partials) : 0;
   int64_t begun = 0, wanted = 0;  // cost, and partials asked for, of the rounds before
   int num_items = 0, num_merges = 0;
   const bool one_round = p.batch <= kThreads && num_tiles <= kThreads;
@@ -194,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
     const int64_t at = begun + scan.exclusive(valid ? held.cost() : 0, round_cost);
     begun += round_cost;
     TileCuts t{};
-    if (valid) t = cut_tile(share, static_cast<int>(at), held.keys);
+    if (valid) t = cut_tile(share, static_cast<int>(at), held.keys, held.group == 0 ? whole : 0);
     const int cuts = t.cuts;
 
     // Items before this thread's, and the partials of a tile that is cut, as long as the workspace lasts.
@@ -250,7 +269,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
       const int part = i - s.item_at[index];
       int begin = chunks_of(tile.keys).begin, end = chunks_of(tile.keys).end, slot = -1;
       if (tile.partial >= 0) {
-        const TileCuts c = cut_tile(share, tile.at, tile.keys);
+        const TileCuts c = cut_tile(share, tile.at, tile.keys, tile.group == 0 ? whole : 0);
         if (part > 0) begin = c.cut_chunk(share, part - 1);
         end = c.cut_chunk(share, part);
         slot = tile.partial + c.parts_before(share, tile.group, part - 1, begin) * tile.q_count;

@@ -22,20 +22,26 @@ struct Stream {
     first_row = -S::kMaxRows;
   }
 
-  // Goes on to the next pass that has tokens; false where there is none.
+  // Goes on to the next pass that has tokens; false where there is none. `now`: the item that the stream is at.
+  template <class S>
+  __device__ __forceinline__ bool next(const AttendParams& p, Pass& pass, WorkItem now) {
+    const int group = p.group.n;
+    while (true) {
+      first_row += S::kMaxRows;
+      if (first_row < now.q_count * group) {
+        pass = Pass(now, group, first_row, S::kMaxRows, S::kWideStep, p.window_left);
+        if (pass.begin < pass.end) break;
+      }
+      if (--items <= 0) return false;
+      first_row = -S::kMaxRows;
+      now = load_item(++item);
+    }
+    table = p.block_table + now.seq * p.table_stride;
+    return true;
+  }
   template <class S>
   __device__ __forceinline__ bool next(const AttendParams& p, Pass& pass) {
-    const int group = p.group.n;
-    for (; items > 0; ++item, --items, first_row = -S::kMaxRows) {
-      const WorkItem now = *item;
-      first_row += S::kMaxRows;
-      if (first_row >= now.q_count * group) continue;
-      pass = Pass(now, group, first_row, S::kMaxRows, S::kWideStep, p.window_left);
-      if (pass.begin >= pass.end) continue;
-      table = p.block_table + now.seq * p.table_stride;
-      return true;
-    }
-    return false;
+    return items > 0 && next<S>(p, pass, load_item(item));
   }
 };
 

@@ -11,13 +11,12 @@ class TileQueue : TileStream<S, K, V> {
   using typename Base::Span;
 
  public:
-  using Base::clear_unseen, Base::drain;
+  using Base::clear_unseen, Base::drain, Base::kAsked, Base::open, Base::set_up;
 
   __device__ TileQueue(const AttendParams& p, const TileMaps& maps) : Base(p, maps), turn_(0) {}
 
-  // Begin a worker's items; all threads have left the slots.
-  __device__ __forceinline__ void start(const WorkItem* item, int items) {
-    Base::begin(item, items);
+  // Begin the items; all threads have left the slots.
+  __device__ __forceinline__ void start(const WorkItem*, int) {
     begin_pass();
     int write = index();
 #pragma unroll 1

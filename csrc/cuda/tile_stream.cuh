@@ -26,6 +26,22 @@ class TileStream {
       __syncthreads();
     }
   }
+  // Once, before anything else; a barrier must follow.
+  __device__ __forceinline__ static void set_up(const TileMaps& maps) {
+    if (threadIdx.x != 0) return;
+    prefetch_map(maps.k), prefetch_map(maps.v);
+    for (int i = 0; i < S::kStages; ++i) barrier_init(barrier(i), S::kStageTokens / kTileTokens);
+    barrier_init_fence();
+  }
+  // Get ready for a worker's items, of which this is the first: its page ids come.
+  __device__ __forceinline__ void open(const WorkItem& first, const WorkItem* item, int items) {
+    if (thread() % 32 == 0) {
+      cursor().span = {0, 0, 0, 0};
+      cursor().stream.template begin<S>(item, items);
+    }
+    look_ahead(first);
+  }
+  static constexpr int kAsked = 0;  // groups of cp.async that a start leaves on their way
   // All copies have come: whatever was asked for was handed out.
   __device__ __forceinline__ static void drain() {}
 
@@ -43,10 +59,6 @@ class TileStream {
 
   __device__ TileStream(const AttendParams& p, const TileMaps& maps) : p_(p), maps_(maps) {
     shift_ = 31 - __clz(p.page_size);
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < S::kStages; ++i) barrier_init(barrier(i), S::kStageTokens / kTileTokens);
-      barrier_init_fence();
-    }
   }
 
   // In the kernel for many rows registers are too scarce to keep what follows from it.
@@ -56,14 +68,6 @@ class TileStream {
   }
   __device__ __forceinline__ static uint32_t barrier(int index) { return shared_base() + S::kBarrierAt + 8 * index; }
   __device__ __forceinline__ static uint32_t slot(int index) { return shared_base() + index * S::kSlotBytes; }
-
-  __device__ __forceinline__ void begin(const WorkItem* item, int items) {
-    if (thread() % 32 == 0) {
-      cursor().span = {0, 0, 0, 0};
-      cursor().stream.template begin<S>(item, items);
-    }
-    look_ahead();
-  }
 
   // The next pass, from its first block on, with the pages of that; an empty one where there is none.
   __device__ __forceinline__ Span next_pass() {
@@ -130,13 +134,14 @@ class TileStream {
       look_ahead();
     }
   }
-  __device__ __forceinline__ void look_ahead() {
+  template <class... First>
+  __device__ __forceinline__ void look_ahead(const First&... first) {
     Cursor& c = cursor();
     __syncwarp();  // all have read what is now written anew
     if (thread() % 32 == 0) {
       Pass pass;
       c.ahead = {0, 0, 0, 0};
-      if (c.stream.template next<S>(p_, pass)) {
+      if (c.stream.template next<S>(p_, pass, first...)) {
         c.ahead = {pass.low, pass.end, pass.block, pass.begin};
         const auto* next = reinterpret_cast<const uint8_t*>(c.stream.item + 1);
         prefetch(next), prefetch(next + 32);  // for next time
@@ -164,8 +169,8 @@ class TileStream {
 
   const AttendParams& p_;
   const TileMaps& maps_;
-  int page_, next_page_;  // of this lane's tile: kv heads before it, and the id for the 256 tokens after these
   int shift_;  // log2 of the page size
+  int page_, next_page_;  // of this lane's tile: kv heads before it, and the id for the 256 tokens after these
 };
 
 }  // namespace foldkv::cuda

@@ -41,6 +41,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// Ask for the description of a tensor, before tiles of it are asked for.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // --- copies ------------------------------------------------------------------------------------------------------------
 
 // What streams through the L2 is to leave before what stays: queries, parameters, plans. The policy that createpolicy makes of

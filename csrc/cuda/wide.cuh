@@ -31,6 +31,7 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
     State run, chunk;
     clear(run);
     keep(run);
+    int last = now.chunk_begin;  // of the chunks up to now
 #pragma unroll 1
     for (int token = now.pass.begin; token < now.pass.end;) {
       clear(chunk);
@@ -40,22 +41,35 @@ class Wide : WideRows<S, K, V, D, kRowTiles> {
         token += kBlocks * kWideBlock;
       } while (token % kChunkSize != 0 && token < now.pass.end);
       Base::finish_chunk(chunk);
-      if (now.folds) {
-        fold_chunk(run, chunk);
-      } else {
-        Base::save(p_, now.first_partial + ((token - 1) / kChunkSize - now.chunk_begin) * now.q_count, chunk);
+      last = (token - 1) / kChunkSize;
+      if (!now.is_folded(last)) {
+        Base::save(p_, now.partial_of(last, false), chunk, false);
+        continue;
+      }
+      fold_chunk(run, chunk);
+      if (token < now.pass.end && (last + 1) >> now.group_shift != last >> now.group_shift) {
+        close_group(last, run);
+        clear(run);
+        keep(run);
       }
     }
-    if (!now.folds) return;
+    if (!now.is_folded(last)) return;
     recall(run);
-    if (now.first_partial >= 0) {
-      Base::save(p_, now.first_partial, run);
-    } else {
-      Base::write_rows(p_, run);
-    }
+    close_group(last, run);
+    if (now.first_partial < 0) Base::write_rows(p_, run);
   }
 
  private:
+  // A group's chunks up to `chunk` are done: they become a partial, or the fold of all groups so far.
+  __device__ __forceinline__ void close_group(int chunk, State& run) const {
+    const Current& now = current();
+    if (now.first_partial >= 0) {
+      Base::save(p_, now.partial_of(chunk, true), run, now.group > 0);
+    } else if (now.group > 0) {
+      Base::fold_groups(p_, chunk >> now.group_shift != now.chunk_begin >> now.group_shift, run);
+    }
+  }
+
   // --- blocks of 64 tokens ---------------------------------------------------------------------------------------------
 
   // What V's scales and zeros make of the weights of this thread's two rows: sums of weight / scale, and of weight * zero.

@@ -125,14 +125,37 @@ struct WideRows {
     }
   }
 
-  __device__ __forceinline__ static void save(const AttendParams& p, int64_t partial, const State& s) {
+  // run becomes the fold of the groups before it, if any, and it; in the workspace, too.
+  __device__ __forceinline__ static void fold_groups(const AttendParams& p, bool any, State& run) {
+    float* at = groups_at<D>(p, current().seq, S::kv_head());
+    static_assert(16 * kOwn + 4 <= kGroupFloats / kThreads, "room for it");
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float* state = at + h * kThreads;
+      const int max = any ? __float_as_int(state[0]) : kEmpty;
+      const Rescale r = rescale(max, run.max[h]);
+      run.max[h] = r.max;
+      run.total[h] = fold(any ? state[2 * kThreads] : 0.0f, run.total[h], r);
+      state[0] = __int_as_float(run.max[h]), state[2 * kThreads] = run.total[h];
+      at += 4 * kThreads;
+      for_fragments([&](int own, int tile, int c) {
+        if (c / 2 != h) return;
+        float& x = at[((own * 4 + tile) * 4 + c) * kThreads];
+        x = run.out[own][tile][c] = fold(any ? x : 0.0f, run.out[own][tile][c], r);
+      });
+      at -= 4 * kThreads;
+    }
+  }
+
+  __device__ __forceinline__ static void save(const AttendParams& p, int64_t partial, const State& s,
+                                              bool starts_group) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row() + 8 * h;
       if (r >= current().rows) continue;
       const PartialAt to = partial_at(p, partial + Rows::token()[r], Rows::head()[r], D);
       if (part() == 0 && column() == 0) {
-        *to.state = pack_state(s.max[h], s.total[h] + Rows::bad()[r], false);
+        *to.state = pack_state(s.max[h], s.total[h] + Rows::bad()[r], starts_group);
       }
       for_channels(s, h, [&](int channel, float x) { to.out[channel] = x; });
     }

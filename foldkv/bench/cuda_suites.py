@@ -84,6 +84,9 @@ def _spec() -> list[Item]:
             peer_us=targets.SPEC_PEER_US.get(q_len, {}),
         )
         for q_len in (1, 2, 4, 8)
+    ] + [
+        Item("spec", _batch(*shape, f", q {q_len}", q_len=q_len), peers=True)
+        for shape in ((1, 4096), (1, 32768), (8, 8192)) for q_len in (4, 8)
     ]  # fmt: skip
 
 
@@ -96,7 +99,9 @@ def _prefill() -> list[Item]:
         goals = {16: first, 8: quantised, 4: quantised}
         best = {16: work.flops / peers["FA3 bf16"] / 1e6, 8: work.flops / peers["FA3 fp8"] / 1e6}
         items.append(Item("prefill", work, peers=True, goals=goals, peer_us=best))
-    return items
+    # Short prompts behind a long past.
+    few = (Workload(f"1 x {q_len} at {past}", (past,), q_len=q_len) for q_len, past in ((32, 8192), (64, 32768)))
+    return items + [Item("prefill", work, peers=True) for work in few]
 
 
 def _append() -> list[Item]:

@@ -78,10 +78,10 @@ def test_query_lengths(mode: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("group", [4, 8])
-def test_many_splits(mode: str, group: int) -> None:
-    """One long sequence among short ones, so that most of its chunks become partials."""
-    batch = make_ragged(make_source(mode, 1, group, 128, 64), [(30, 1), (12_000, 3), (10, 1)])
+@pytest.mark.parametrize(("group", "q_len"), [(4, 1), (4, 3), (8, 3), (4, 16), (4, 33)])
+def test_many_splits(mode: str, group: int, q_len: int) -> None:
+    """One long sequence among short ones, so that most of its chunks become partials: of one row tile, or of several."""
+    batch = make_ragged(make_source(mode, 1, group, 128, 64), [(30, 1), (12_000, q_len), (10, 1)])
     plan = batch.plan(max_seq_len=16384, total_tokens=65536, num_workers=132)
     assert is_split(plan)
     check_precision(batch, plan)

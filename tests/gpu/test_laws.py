@@ -131,13 +131,15 @@ def test_batch_invariance(mode: str, q_len: int, window: int) -> None:
 
 @pytest.mark.parametrize("mode", LAW_MODES)
 @pytest.mark.parametrize("window", [-1, 5000])
-def test_groups_of_chunks_give_the_same_bits_however_they_are_cut(mode: str, window: int) -> None:
+@pytest.mark.parametrize("q_len", [1, 3, 8, 16], ids=lambda q_len: f"{4 * q_len} rows")
+def test_groups_of_chunks_give_the_same_bits_however_they_are_cut(mode: str, window: int, q_len: int) -> None:
     """Several groups by one worker, one each, cut inside, a workspace too small for any cut: the same bits, the same LSE."""
     source = make_source(mode, 2, 4, 128, 64)
     options = {"window_size": (window, 0), "sinks": torch.randn(8).to(DEVICE)}
-    room = {"max_seq_len": 16384, "total_tokens": 32768}
+    room = {"max_seq_len": 16384, "total_tokens": 32768 * q_len}
     batch = make_batch(
-        source, [source.sequence(n, q, start=s) for n, q, s in ((9000, 1, 0), (4096, 2, 70), (6000, 1, 3000))]
+        source,
+        [source.sequence(n, q, start=s) for n, q, s in ((9000, q_len, 0), (4096, 2, 70), (6000, q_len, 3000))],
     )
     whole = batch.plan(window, num_workers=1, **room)
     assert not is_split(whole)
@@ -149,7 +151,9 @@ def test_groups_of_chunks_give_the_same_bits_however_they_are_cut(mode: str, win
         parts.add(int(plan.buffer[2]))
         assert same_bits(batch.attend(plan, **options), want), workers
     assert not ON_GPU or 2 * min(parts) < max(parts)  # about one a group, and one a chunk
-    tight = batch.plan(window, num_workers=20, **room | {"total_tokens": 1, "max_q_tokens": 4, "max_batch": 3})
+    tight = batch.plan(
+        window, num_workers=20, **room | {"total_tokens": 1, "max_q_tokens": 2 * q_len + 2, "max_batch": 3}
+    )
     assert same_bits(batch.attend(tight, **options), want)
 
 
