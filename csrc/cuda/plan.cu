@@ -43,6 +43,14 @@ struct Shared {
   int merge_queries;  // the most queries of a tile that is cut
 };
 
+// The same number; before sm_90, where ptxas is a register short, what follows from it is computed again where it is needed.
+__device__ __forceinline__ int anew(int x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Sums over the threads before this one; `total` over all. Rounds take turns with the two buffers.
 struct Scan {
   Shared& s;
@@ -126,12 +134,12 @@ __device__ __forceinline__ void for_tiles(const PlanParams& p, Scan& scan, Tile&
     bool bad = false;
     int64_t tiles;
     const int64_t before = scan.exclusive(thread < seqs ? count_tiles(p, seq0 + thread, bad) : 0, tiles);
-    s.tile_at[thread] = static_cast<int>(before);  // at most max_tiles, or nobody comes here
+    s.tile_at[anew(thread)] = static_cast<int>(before);  // at most max_tiles, or nobody comes here
     __syncthreads();
     for (int64_t tile0 = 0; tile0 < tiles; tile0 += kThreads) {
       const int here = static_cast<int>(min(tiles - tile0, int64_t{kThreads})), tile = static_cast<int>(tile0) + thread;
       if (thread < here) {
-        const int seq = owner(s.tile_at, seqs, tile);
+        const int seq = owner(s.tile_at, seqs, anew(tile));
         held = make_tile(p, seq0 + seq, tile - s.tile_at[seq]);
       }
       fn(thread < here, here);
@@ -245,7 +253,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
       num_merges += static_cast<int>(totals & 0xffffffff);
     }
     if (valid) {
-      s.tiles[thread] = {
+      s.tiles[anew(thread)] = {
           held.seq, held.q_begin, held.q_count, held.group, static_cast<int>(at), held.keys, static_cast<int>(partial),
           merge};
       // Workers whose share begins in this tile: with its first item, with a cut, or with what comes after the tile.
@@ -259,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const PlanParams p) {
       }
       for (const int last = share.worker_of(t.at + t.cost - 1); worker < last;) workers[++worker] = next;
     }
-    s.item_at[thread] = items_before;
+    s.item_at[anew(thread)] = items_before;
     __syncthreads();
 
     // Items, each written by a thread of its own, whoever has the tile.
