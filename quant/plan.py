@@ -45,6 +45,8 @@ GROUP_CHUNKS = 8
 GROUPED_ROWS = 64
 # Partials for which drafts and short prompts have room, at the most; a tile whose partials find none is not cut.
 SHORT_PARTIALS = 1 << 14
+# What 128 threads keep of a fold over groups, of one sequence and kv head; kGroupFloats in csrc/core/schedule.h.
+GROUP_FLOATS = 128 * (64 + 4)
 # What a planner counts: tokens in units of COST_TOKENS, and what a tile costs beside them.
 COST_TOKENS, ITEM_COST = 64, 4
 # Query rows of a tile: what the CPU keeps in registers; what a block on a GPU makes one pass over the keys with.
@@ -180,7 +182,7 @@ class Capacity:
     def workspace_floats(self) -> int:
         """fp32 numbers of the workspace: per partial and query head the running maximum, the sum, and `d` outputs; then, per
         sequence and kv head, the fold over groups that a GPU's block is at."""
-        groups = self.max_batch * self.h_kv * 128 * (64 + 4)
+        groups = self.max_batch * self.h_kv * GROUP_FLOATS
         return self.max_partials * self.h_q * (self.head_dim + 2) + groups
 
 
